@@ -1,0 +1,281 @@
+"""What a run is: frozen dataclasses, the only source of a default, and the table of presets.
+
+Shapes: N images, C channels, H x W pixels, T diffusion timesteps. Imports nothing heavy, so that
+`ddpm-fast --help` answers at once.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Prediction = Literal["eps", "x0", "v"]
+Variance = Literal["small", "large"]
+Spacing = Literal["trailing", "leading", "linspace"]
+SamplerName = Literal["ddpm", "ddim", "dpm++"]
+
+
+class InputError(ValueError):
+    """The user's input or request cannot be used: one line, exit status 2."""
+
+
+class MathematicsError(RuntimeError):
+    """A check failed or a value was not finite: exit status 3."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest known name, or "" when none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The paper's U-Net (Ho et al. 2020, Appendix B)."""
+
+    image_channels: int = 3
+    """Channels of an image: 1 for grey, 3 for RGB, 4 for RGBA."""
+    height: int = 32
+    """Height of an image in pixels; images are resized and centre-cropped to it."""
+    width: int = 32
+    """Width of an image in pixels; images are resized and centre-cropped to it."""
+    channels: int = 128
+    """Feature channels at full resolution."""
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """Channels of each level as a multiple of --channels; every level but the last halves H and W."""
+    res_blocks: int = 2
+    """ResBlocks a level on the way down; one more on the way up."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Heights, in pixels, of the feature maps that get self-attention after each ResBlock."""
+    dropout: float = 0.0
+    """Probability, 0 to 1, that a ResBlock's inner activation is dropped in training."""
+    groups: int = 32
+    """Groups of every GroupNorm; must divide the channels of every level."""
+
+    def __post_init__(self) -> None:
+        levels = len(self.channel_multipliers)
+        _require(levels > 0, "channel_multipliers is empty: name one multiplier a level, e.g. 1 2 2")
+        for name in ("image_channels", "height", "width", "channels", "res_blocks", "groups"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} is {value}: it must be at least 1")
+        _require(min(self.channel_multipliers) > 0, f"channel_multipliers {self.channel_multipliers} must be positive")
+        step = 2 ** (levels - 1)
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            _require(
+                value % step == 0,
+                f"{name} {value} does not divide by {step}, which {levels} levels (channel_multipliers) need: "
+                f"use {max(step, round(value / step) * step)}, or fewer multipliers",
+            )
+        for multiplier in self.channel_multipliers:
+            width = self.channels * multiplier
+            _require(
+                width % self.groups == 0,
+                f"{width} channels (channels {self.channels} x multiplier {multiplier}) do not divide into "
+                f"{self.groups} groups: change channels or groups",
+            )
+        _require(self.channels % 2 == 0, f"channels is {self.channels}: it must be even (half sines, half cosines)")
+        resolutions = [self.height >> level for level in range(levels)]
+        for resolution in self.attention_resolutions:
+            _require(
+                resolution in resolutions,
+                f"attention_resolutions has {resolution}, but the feature maps are {resolutions} pixels high",
+            )
+        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}: it must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The forward process and what the network predicts of it."""
+
+    timesteps: int = 1000
+    """Diffusion timesteps T."""
+    schedule: Literal["linear", "cosine", "sigmoid"] = "linear"
+    """How beta grows with t: the paper's line, or alphas_cumprod as a squared cosine or a sigmoid."""
+    beta_start: float = 1e-4
+    """First beta of the linear schedule."""
+    beta_end: float = 0.02
+    """Last beta of the linear schedule."""
+    prediction: Prediction = "eps"
+    """What the U-Net predicts: the noise eps, the clean image x0, or v = a*eps - b*x0."""
+    variance: Variance = "large"
+    """The DDPM sampler's fixed variance: large is beta_t, small the posterior's (paper, Section 3.2)."""
+    clip: bool = True
+    """Clip the estimate of x0 to [-1, 1] in every sampling step."""
+
+    def __post_init__(self) -> None:
+        _require(self.timesteps >= 1, f"timesteps is {self.timesteps}: it must be at least 1")
+        _require(
+            0 < self.beta_start <= self.beta_end < 1,
+            f"beta_start {self.beta_start} and beta_end {self.beta_end} must satisfy 0 < start <= end < 1",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they are read."""
+
+    data: str = ""
+    """"digits" (built in), a folder of images, or a .npy/.npz file of shape (N, H, W[, C])."""
+    float_range: Literal["none", "0..1", "-1..1"] = "none"
+    """What floats in a .npy/.npz mean: the range that is mapped to black..white; uint8 needs none."""
+    skip_bad: bool = False
+    """Leave out files that cannot be read, and count them, instead of refusing the folder."""
+    flip: bool = False
+    """Flip half of the training images left to right."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run."""
+
+    steps: int = 800_000
+    """Optimizer steps in all."""
+    batch_size: int = 128
+    """Images an optimizer step."""
+    accumulate: int = 1
+    """Parts that a batch is split into, one after the other, to save memory; must divide --batch-size."""
+    learning_rate: float = 2e-4
+    """Adam's learning rate after warm-up."""
+    warmup_steps: int = 5000
+    """Steps over which the learning rate rises linearly from 0."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; longer gradients are scaled down to it. 0 turns clipping off."""
+    ema_decay: float = 0.9999
+    """Decay a step of the averaged weights; warmed up as min(decay, (1 + step) / (10 + step))."""
+    min_snr_gamma: float = 0.0
+    """Clamp of min-SNR loss weights (Hang et al. 2023), e.g. 5. 0 is the paper's unweighted loss."""
+    seed: int = 0
+    """Seed of everything random, 0 to 2**64 - 1: same seed, same run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes an NVIDIA GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the U-Net; auto is bf16 on GPUs that are good at it, else fp32. Parameters stay fp32."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    save_every: int = 5000
+    """Steps between two checkpoints; one more is written at the end."""
+    sample_every: int = 5000
+    """Steps between two sample grids; one more is drawn at the end. 0 draws none."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}: it must be at least 1")
+        for name in ("warmup_steps", "clip_norm", "min_snr_gamma", "sample_every"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}: it must not be negative")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate} equal parts",
+        )
+        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be positive")
+        _require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}: it must lie in [0, 1)")
+        _require(0 <= self.seed < 2**64, f"seed is {self.seed}: it must lie in 0..2**64-1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes."""
+
+    preset: str = "digits"
+    """Name of the preset that gives the defaults for all the other flags."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+_PAPER_256 = UNetConfig(height=256, width=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
+
+PRESETS: dict[str, Config] = {
+    # 1,797 handwritten digits of 8x8: minutes on two CPU cores. Chosen by measurement, see profiles/.
+    "digits": Config(
+        preset="digits",
+        unet=UNetConfig(1, 8, 8, channels=32, channel_multipliers=(1, 2), attention_resolutions=(4,), groups=8),
+        diffusion=DiffusionConfig(variance="small"),
+        data=DataConfig(data="digits"),
+        training=TrainingConfig(
+            steps=2000,
+            batch_size=64,
+            learning_rate=2e-3,
+            warmup_steps=100,
+            ema_decay=0.995,
+            save_every=500,
+            sample_every=500,
+        ),
+    ),
+    "mnist": Config(
+        preset="mnist",
+        unet=UNetConfig(1, 28, 28, channels=64, channel_multipliers=(1, 2, 2), attention_resolutions=(14,)),
+        training=TrainingConfig(steps=40_000, warmup_steps=1000, ema_decay=0.999),
+    ),
+    # Ho et al. 2020, Appendix B.
+    "cifar10": Config(preset="cifar10", unet=UNetConfig(dropout=0.1), data=DataConfig(flip=True)),
+    "church256": Config(
+        preset="church256",
+        unet=_PAPER_256,
+        diffusion=DiffusionConfig(variance="small"),
+        data=DataConfig(flip=True),
+        training=TrainingConfig(steps=1_200_000, batch_size=64, learning_rate=2e-5),
+    ),
+    "celebahq256": Config(
+        preset="celebahq256",
+        unet=_PAPER_256,
+        diffusion=DiffusionConfig(variance="small"),
+        data=DataConfig(flip=True),
+        training=TrainingConfig(steps=500_000, batch_size=64, learning_rate=2e-5),
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """Return the preset of that name.
+
+    Raises:
+        InputError: there is none; the nearest name is suggested.
+    """
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as nested dictionaries of plain values, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Rebuild a configuration from `to_dict`'s form.
+
+    Raises:
+        InputError: a key is unknown, or a value is refused by its dataclass.
+    """
+    parts = {"unet": UNetConfig, "diffusion": DiffusionConfig, "data": DataConfig, "training": TrainingConfig}
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        built[name] = _part_from_dict(parts[name], value) if name in parts else value
+    return _part_from_dict(Config, built)
+
+
+def _part_from_dict(cls: type, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"the configuration's {cls.__name__} is {type(values).__name__}, not an object")
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        _require(name in known, f"unknown configuration key {name!r}.{nearest(name, known)}")
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except TypeError as error:
+        raise InputError(f"the configuration's {cls.__name__} has a value of the wrong type: {error}") from None
+
+
+def with_training(config: Config, **changes: Any) -> Config:
+    """Return the configuration with fields of its `training` part replaced."""
+    return replace(config, training=replace(config.training, **changes))

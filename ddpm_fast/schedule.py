@@ -1,0 +1,90 @@
+"""The forward process: betas, what follows from them, and the table that training reads.
+
+The code's t = 0..T-1 is the paper's t - 1: alphas_cumprod[t] is the paper's alpha-bar of t + 1.
+Everything is computed in float64; only the finished training table is float32.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.config import DiffusionConfig, Prediction
+
+
+class TrainingTable(NamedTuple):
+    """Columns of the training table: x_t = a*x_start + b*eps, target = c*eps + d*x_start, loss weight m."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    m: Tensor
+
+
+def linear_betas(timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+    """Return the paper's schedule (Ho et al. 2020, Section 4): [T] float64."""
+    return torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+
+
+def _betas_from(alpha_bar: Tensor, largest: float = 0.999) -> Tensor:
+    """Return the betas whose products are alpha_bar[1:] / alpha_bar[0], clipped at `largest`."""
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=largest)
+
+
+def cosine_betas(timesteps: int, offset: float = 0.008) -> Tensor:
+    """Return the cosine schedule (Nichol and Dhariwal 2021, Eq. 17): [T] float64."""
+    u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+    return _betas_from(torch.cos((u + offset) / (1 + offset) * (math.pi / 2)) ** 2)
+
+
+def sigmoid_betas(timesteps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Tensor:
+    """Return the sigmoid schedule (Jabri et al. 2022; Chen 2023, Section 2): [T] float64."""
+    u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+    first, last = (torch.tensor(x / tau, dtype=torch.float64).sigmoid() for x in (start, end))
+    return _betas_from((last - ((u * (end - start) + start) / tau).sigmoid()) / (last - first))
+
+
+def betas(config: DiffusionConfig) -> Tensor:
+    """Return the configured schedule's betas: [T] float64."""
+    if config.schedule == "linear":
+        return linear_betas(config.timesteps, config.beta_start, config.beta_end)
+    return {"cosine": cosine_betas, "sigmoid": sigmoid_betas}[config.schedule](config.timesteps)
+
+
+def alphas_cumprod(config: DiffusionConfig) -> Tensor:
+    """Return alpha-bar, the share of the data's variance left at t (Ho et al. 2020, Eq. 4): [T] float64."""
+    return torch.cumprod(1 - betas(config), dim=0)
+
+
+def loss_weights(alpha_bar: Tensor, prediction: Prediction, min_snr_gamma: float) -> Tensor:
+    """Return the weight of each t's squared error: ones, or min-SNR (Hang et al. 2023, Section 3.4).
+
+    Args:
+        alpha_bar: [T] float64.
+        prediction: what the U-Net predicts; the same weighting of x0's error takes another form for each.
+        min_snr_gamma: the clamp; 0 for ones.
+
+    Returns:
+        [T] float64.
+    """
+    if min_snr_gamma == 0:
+        return torch.ones_like(alpha_bar)
+    snr = alpha_bar / (1 - alpha_bar)
+    clamped = snr.clamp(max=min_snr_gamma)
+    return {"x0": clamped, "eps": clamped / snr, "v": clamped / (snr + 1)}[prediction]
+
+
+def training_table(config: DiffusionConfig, min_snr_gamma: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the training table (Ho et al. 2020, Eq. 4 and 14; v as in Salimans and Ho 2022, Appendix D).
+
+    Returns:
+        [T, 5] in `dtype`; the columns are those of `TrainingTable`.
+    """
+    alpha_bar = alphas_cumprod(config)
+    a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    one, zero = torch.ones_like(a), torch.zeros_like(a)
+    c, d = {"eps": (one, zero), "x0": (zero, one), "v": (a, -b)}[config.prediction]
+    columns = TrainingTable(a, b, c, d, loss_weights(alpha_bar, config.prediction, min_snr_gamma))
+    return torch.stack(columns, dim=1).to(dtype)
