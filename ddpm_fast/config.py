@@ -181,6 +181,20 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class SamplerConfig:
+    """Which sampler, and how many of the T timesteps it visits."""
+
+    sampler: SamplerName = "ddpm"
+    """ddpm is the paper's; ddim (Song et al. 2021) and dpm++ (DPM-Solver++ 2M) need far fewer steps."""
+    steps: int = 0
+    """Sampling steps K, 1 to T; 0 is all T."""
+    eta: float = 0.0
+    """DDIM's share of fresh noise: 0 is deterministic, 1 as noisy as DDPM."""
+    spacing: Spacing = "trailing"
+    """Which timesteps a shorter sampler visits: trailing always starts from pure noise."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides what a run computes."""
 

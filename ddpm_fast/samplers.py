@@ -16,8 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast.config import DiffusionConfig, Prediction, SamplerName, Spacing, Variance
+from ddpm_fast.config import DiffusionConfig, Prediction, SamplerConfig, Spacing, Variance
 from ddpm_fast.schedule import alphas_cumprod
+
+PAPER = SamplerConfig()
+"""Ho et al. 2020: ancestral sampling over all T steps."""
 
 
 class Row(NamedTuple):
@@ -51,20 +54,6 @@ class SamplerTable:
     def multistep(self) -> bool:
         """Whether any row reads the last step's x0."""
         return bool((self.rows[:, Row._fields.index("w")] != 0).any())
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    """Which sampler, and how many of the T timesteps it visits."""
-
-    sampler: SamplerName = "ddpm"
-    """ddpm is the paper's; ddim (Song et al. 2021) and dpm++ (DPM-Solver++ 2M) need far fewer steps."""
-    steps: int = 0
-    """Sampling steps K, 1 to T; 0 is all T."""
-    eta: float = 0.0
-    """DDIM's share of fresh noise: 0 is deterministic, 1 as noisy as DDPM."""
-    spacing: Spacing = "trailing"
-    """Which timesteps a shorter sampler visits: trailing always starts from pure noise."""
 
 
 def strided_timesteps(total: int, steps: int, spacing: Spacing) -> Tensor:
@@ -160,7 +149,7 @@ def dpm_solver_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction) -> Row
     return Row(t.to(ab.dtype), p, q, u, sigma_next / sigma, zero, w, zero)
 
 
-def sampler_table(diffusion: DiffusionConfig, sampler: SamplerConfig = SamplerConfig()) -> SamplerTable:
+def sampler_table(diffusion: DiffusionConfig, sampler: SamplerConfig = PAPER) -> SamplerTable:
     """Return the table of a sampler for a trained process.
 
     Raises:

@@ -1,0 +1,63 @@
+"""A .npy or .npz file to pixels: shapes, dtypes and ranges, and never a pickle."""
+
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_fast.config import InputError
+
+
+def _load(path: Path) -> NDArray[Any]:
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.load(path, allow_pickle=False) as archive:
+            if len(archive.files) != 1:
+                found = ", ".join(archive.files) or "none"
+                raise InputError(f"--data {path} must hold one array, not {len(archive.files)} ({found})")
+            return archive[archive.files[0]]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        if "pickle" in str(error).lower() or "Object arrays" in str(error):
+            raise InputError(f"--data {path} holds pickled objects, which are never loaded: save uint8") from None
+        raise InputError(f"--data {path} is empty, truncated or not an array file ({error})") from None
+
+
+def read_array(path: Path, float_range: Literal["none", "0..1", "-1..1"]) -> NDArray[np.uint8]:
+    """Read images of shape (N, H, W[, C]) as [N, H, W, C] uint8.
+
+    Args:
+        path: the file.
+        float_range: what floats mean; "none" for uint8.
+
+    Raises:
+        InputError: the file, its shape, dtype or range cannot be used.
+    """
+    array = _load(path)
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or 0 in array.shape or array.shape[-1] > 4:
+        raise InputError(f"--data {path} has shape {array.shape}: it must be (N, H, W) or (N, H, W, C), C from 1 to 4")
+    if array.dtype == np.uint8:
+        if float_range != "none":
+            raise InputError(f"--data {path} is uint8: leave --float-range {float_range} out")
+        return array
+    if array.dtype.kind != "f":
+        raise InputError(f"--data {path} is {array.dtype}: it must be uint8, or floats with --float-range")
+    finite = np.isfinite(array)
+    if not finite.all():
+        where = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise InputError(f"--data {path} holds {array[where]} at {where}: every value must be finite")
+    low, high = float(array.min()), float(array.max())
+    if float_range == "none":
+        raise InputError(
+            f"--data {path} holds floats in [{low:g}, {high:g}]: say with --float-range 0..1 or -1..1 what they mean"
+        )
+    least = 0.0 if float_range == "0..1" else -1.0
+    if low < least or high > 1:
+        raise InputError(f"--data {path} spans [{low:g}, {high:g}], which is not within --float-range {float_range}")
+    return np.rint((array.astype(np.float64) - least) * (255 / (1 - least))).astype(np.uint8)

@@ -1,0 +1,199 @@
+"""Checkpoints: whole or not at all, equal states as equal bytes, and nothing in them is ever unpickled.
+
+    checkpoints/step-0005000/   model.safetensors ema.safetensors optimizer.safetensors state.json
+    checkpoints/latest          the name of the newest whole checkpoint
+
+A checkpoint is written into a temporary directory, synced, and renamed into place. It carries its configuration
+and needs nothing else to be sampled from.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ddpm_fast.config import Config, InputError, from_dict, to_dict
+
+FORMAT = "ddpm-fast checkpoint 1"
+PARTS = ("model", "ema", "optimizer")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk; tensors are read when asked for."""
+
+    path: Path
+    step: int
+    config: Config
+    fingerprint: str
+    """Of the data set that the run trains on."""
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Read one of "model", "ema", "optimizer": names to CPU tensors.
+
+        Raises:
+            InputError: the file is missing, truncated or foreign.
+        """
+        file = self.path / f"{part}.safetensors"
+        try:
+            return safetensors.torch.load_file(file)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(_unreadable(file, error)) from None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write below `path` (no permission, disk full) into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot write {path}: {reason}; free some space or choose another --out") from None
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path` whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write_synced(temporary, data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> bytes:
+    """Serialise to indented JSON with a final newline."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def save(run: Path, step: int, config: Config, fingerprint: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Write a checkpoint of a run and make it the newest.
+
+    Args:
+        run: the run directory.
+        step: optimizer steps taken.
+        config: the run's configuration.
+        fingerprint: the data set's.
+        parts: for each of `PARTS`, names to tensors.
+
+    Raises:
+        InputError: it cannot be written; nothing is left behind, and older checkpoints stay.
+    """
+    directory = run / "checkpoints"
+    path = directory / f"step-{step:07d}"
+    temporary = directory / f".{path.name}.tmp"
+    state = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "config": to_dict(config)}
+    with writing(path):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for part in PARTS:
+                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
+                write_synced(temporary / f"{part}.safetensors", safetensors.torch.save(tensors))
+            write_synced(temporary / "state.json", to_json(state))
+            _sync_directory(temporary)
+            if path.exists():  # left by a run that was resumed from an older checkpoint
+                shutil.rmtree(path)
+            temporary.rename(path)
+            replace_file(directory / "latest", f"{path.name}\n".encode())
+            _sync_directory(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    with contextlib.suppress(OSError):
+        head = path.read_bytes()[:2]
+        if head[:1] == b"\x80" or head == b"PK":
+            return f"{path} is a pickle (a PyTorch .pt/.ckpt file): it could run any code, so it is never loaded"
+    return f"{path} is missing, truncated or not a ddpm-fast checkpoint ({str(error).splitlines()[0]}); use another one"
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a checkpoint directory.
+
+    Raises:
+        InputError: it is missing, incomplete, foreign, or holds a configuration that this version refuses.
+    """
+    file = path / "state.json"
+    try:
+        state = json.loads(file.read_text())
+        if state["format"] != FORMAT:
+            raise ValueError(f"format is {state['format']!r}, not {FORMAT!r}")
+        found = Checkpoint(path, int(state["step"]), from_dict(state["config"]), str(state["fingerprint"]))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(_unreadable(file, error)) from None
+    for part in PARTS:
+        _check_complete(path / f"{part}.safetensors")
+    return found
+
+
+def _check_complete(file: Path) -> None:
+    """Refuse a file whose header does not describe exactly its bytes, without reading the tensors."""
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            opened.keys()
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(_unreadable(file, error)) from None
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """Return the newest whole checkpoint of a run, or None: `latest` first, then by step."""
+    directory = run / "checkpoints"
+    names = sorted((entry.name for entry in directory.glob("step-*")), reverse=True)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        names.insert(0, (directory / "latest").read_text().strip())
+    for name in names:
+        with contextlib.suppress(InputError):
+            return read(directory / name)
+    return None
+
+
+def resolve(path: Path) -> Checkpoint:
+    """Find the checkpoint that RUN_OR_CHECKPOINT means.
+
+    Raises:
+        InputError: there is none; a file (a pickle, say) is refused by what it is.
+    """
+    if path.is_file():
+        raise InputError(
+            f"{_unreadable(path, ValueError('a file'))}; name a run directory or one of its checkpoints/step-*"
+        )
+    if not path.is_dir():
+        raise InputError(f"{path} does not exist: name a run directory or one of its checkpoints/step-*")
+    if (path / "state.json").exists():
+        return read(path)
+    found = newest(path)
+    if found is not None:
+        return found
+    names = sorted(entry.name for entry in (path / "checkpoints").glob("step-*"))
+    if names:
+        return read(path / "checkpoints" / names[-1])  # raises, saying what is wrong with it
+    raise InputError(f"{path} holds no checkpoint: name a run directory or one of its checkpoints/step-*")

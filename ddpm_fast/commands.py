@@ -1,0 +1,155 @@
+"""What `ddpm-fast train`, `sample` and `check` do once their flags are known."""
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import checkpoint
+from ddpm_fast.check import check_run, check_start, report
+from ddpm_fast.config import Config, InputError, with_training
+from ddpm_fast.data import open_dataset
+from ddpm_fast.images import grid, save_animation, save_image, to_uint8
+from ddpm_fast.loop import ImageRange, Loop
+from ddpm_fast.loop import sample as sample_images
+from ddpm_fast.run import InterruptedRunError, Run, find_start
+from ddpm_fast.samplers import sampler_table
+from ddpm_fast.trainer import choose_device, choose_dtype
+from ddpm_fast.unet import UNet
+
+if TYPE_CHECKING:
+    from ddpm_fast.cli import SampleArguments
+
+ANIMATION_FRAMES = 60
+ANIMATED_IMAGES = 16
+
+
+def _progress() -> bool:
+    return sys.stderr.isatty()
+
+
+def _require_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no NVIDIA GPU that this PyTorch can use; leave the flag out")
+    return choose_device(name)
+
+
+def _next_free(parent: Path, name: str) -> Path:
+    number = 1
+    while (parent / f"{name}-{number}").exists():
+        number += 1
+    return parent / f"{name}-{number}"
+
+
+def train(config: Config, out: str, resume: bool) -> int:
+    """Check the mathematics, then train; returns the exit status."""
+    device = _require_device(config.training.device)
+    directory = Path(out) if out else _next_free(Path("runs"), config.preset)
+    dataset = open_dataset(config.data, config.unet, progress=_progress())
+    if dataset.skipped:
+        print(f"left out {len(dataset.skipped)} files that cannot be read (--skip-bad)")
+    found = find_start(directory, config, dataset.fingerprint, resume)
+    step = found.step if found else 0
+    if step >= config.training.steps:
+        print(f"{directory} is finished: all {step} steps are done; raise --steps to go on")
+        return 0
+    if resume:
+        print(f"{directory}: " + (f"continuing at step {step}" if found else "no checkpoint, starting at step 0"))
+    status = report(check_start(config, dataset, device))
+    if status:
+        return status
+    run = Run(directory, config, dataset, found, _progress())
+    print(f"training {directory} on {device.type}: {config.training.steps} steps, {len(dataset)} images", flush=True)
+    started = time.perf_counter()
+    try:
+        run.train()
+    except InterruptedRunError as interrupted:
+        print(f"ddpm-fast: {interrupted}", file=sys.stderr)
+        return interrupted.exit_status
+    print(f"trained in {time.perf_counter() - started:.1f} s; grids in {directory / 'samples'}")
+    return 0
+
+
+def load_unet(found: checkpoint.Checkpoint, weights: str, device: torch.device) -> UNet:
+    """Build a checkpoint's U-Net with its "ema" or "raw" weights."""
+    with torch.device("meta"):
+        unet = UNet(found.config.unet)
+    tensors = found.tensors("ema" if weights == "ema" else "model")
+    try:
+        unet.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"{found.path} does not fit its own configuration: {str(error).splitlines()[-1]}") from None
+    unet = unet.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return unet.requires_grad_(False).eval()
+
+
+def sample(arguments: "SampleArguments") -> int:
+    """Make images of a checkpoint and write them; returns the exit status."""
+    device = _require_device(arguments.device)
+    found = checkpoint.resolve(Path(arguments.run))
+    try:
+        table = sampler_table(found.config.diffusion, arguments.sampler_config())
+    except ValueError as error:
+        raise InputError(f"--steps or --eta: {error}") from None
+    steps = len(table.rows)
+    run = found.path.parent.parent if found.path.parent.name == "checkpoints" else found.path
+    name = f"{arguments.sampler}-{steps}-seed{arguments.seed}"
+    directory = Path(arguments.out) if arguments.out else run / "samples" / name
+    with checkpoint.writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+
+    started = time.perf_counter()
+    loop = Loop(load_unet(found, arguments.weights, device), table, choose_dtype(arguments.precision, device))
+    frames: list[Tensor] = []
+
+    def keep_frame(k: int, x: Tensor) -> None:
+        if k < len(frames) * steps // ANIMATION_FRAMES and k != steps - 1:
+            return
+        frames.append(x[:ANIMATED_IMAGES].cpu())
+
+    images = ImageRange(arguments.seed, arguments.first_index, arguments.count)
+    samples = sample_images(
+        loop, images, arguments.batch_size, _progress(), on_step=keep_frame if arguments.animate else None
+    )
+    seconds = time.perf_counter() - started
+    _write_samples(directory, images, samples)
+    if arguments.animate:
+        with checkpoint.writing(directory):
+            save_animation(directory / "animation.gif", [to_uint8(frame) for frame in frames])
+    facts = {
+        **{k: v for k, v in asdict(arguments).items() if k in ("seed", "first_index", "count", "sampler", "eta")},
+        "steps": steps,
+        "spacing": arguments.spacing,
+        "weights": arguments.weights,
+        "checkpoint": str(found.path),
+        "checkpoint_step": found.step,
+        "device": str(device),
+        "precision": str(loop.dtype).removeprefix("torch."),
+        "seconds": round(seconds, 3),
+    }
+    with checkpoint.writing(directory):
+        checkpoint.replace_file(directory / "samples.json", checkpoint.to_json(facts))
+    print(f"{arguments.count} images in {seconds:.1f} s: {directory} (grid.png shows them all)")
+    return 0
+
+
+def _write_samples(directory: Path, images: ImageRange, samples: Tensor) -> None:
+    pixels = to_uint8(samples)
+    for number, image in enumerate(pixels, start=images.first):
+        save_image(directory / f"{number:06d}.png", image)
+    with checkpoint.writing(directory):
+        grid(pixels).save(directory / "grid.png")
+
+
+def check(config: Config, run: str) -> int:
+    """Check a trained run, or what a configuration describes, in full; returns the exit status."""
+    found = checkpoint.resolve(Path(run)) if run else None
+    if found is not None:
+        config = with_training(found.config, device=config.training.device)
+    device = _require_device(config.training.device)
+    dataset = open_dataset(config.data, config.unet, progress=_progress())
+    return report(check_run(config, dataset, device, found))

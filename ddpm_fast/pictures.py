@@ -1,0 +1,70 @@
+"""One image file to pixels: decoding, and the rule that makes any image fit the U-Net (see `data`)."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+class Unusable(Exception):  # noqa: N818 - it is a finding, not an error
+    """An image file cannot be used; the message says why."""
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file's name says that it is an image, by the extensions that Pillow can read."""
+    Image.init()
+    return path.suffix.lower() in Image.EXTENSION
+
+
+def decode(path: Path) -> Image.Image:
+    """Read an image file completely, turned upright.
+
+    Raises:
+        Unusable: it is empty, truncated, not an image, unreadable, or large enough to be a decompression bomb.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise Unusable("zero bytes")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise Unusable(f"over {Image.MAX_IMAGE_PIXELS} pixels, a decompression bomb") from None
+    except UnidentifiedImageError:
+        raise Unusable("not an image") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise Unusable(str(error) or type(error).__name__) from None
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert to L, LA, RGB or RGBA; 16-bit grey keeps its high byte, what is transparent is laid over white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        # I;16 and I hold 16-bit samples, F usually 0..255 or 0..1.
+        full = 65535 if image.mode.startswith("I") else 1.0 if values.max(initial=0) <= 1 else 255.0
+        image = Image.fromarray(np.rint(values.clip(0, full) * (255 / full)).astype(np.uint8))
+    transparent = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    if transparent and mode in ("L", "RGB"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return image.convert(mode)
+
+
+def fit(image: Image.Image | NDArray[np.uint8], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Convert, resize and centre-crop an image, or pixels [h, w, c], to [H, W, C] uint8."""
+    height, width, channels = shape
+    if channels not in MODES:
+        raise ValueError(f"images of {channels} channels: there must be 1 to 4")
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image, MODES[image.shape[-1]])
+    image = _to_mode(image, MODES[channels])
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(height, width, channels)

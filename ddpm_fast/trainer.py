@@ -1,0 +1,236 @@
+"""One training step, and the state that it moves (Ho et al. 2020, Algorithm 1).
+
+Nothing here waits for the device: the loss, the gradient norm and whether a value was not finite stay on it until
+somebody reads them. Shapes: N images, C channels, H x W pixels.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_fast import ops
+from ddpm_fast.config import Config, TrainingConfig
+from ddpm_fast.noise import NoiseAddress, key_from_seed, timesteps
+from ddpm_fast.schedule import TrainingTable, training_table
+from ddpm_fast.unet import UNet
+
+BatchFunction = Callable[[int, int], tuple[Tensor, Tensor]]
+"""(first example, n) -> images [n, C, H, W] uint8 and sample_index [n] int64, on the device."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that "auto", "cpu" or "cuda" means here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the U-Net's arithmetic; auto is bfloat16 on GPUs with tensor cores for it (Ampere and later).
+
+    On a CPU without such units bfloat16 convolutions are about 56 times slower than float32: never auto there.
+    """
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        precision = "bf16" if fast else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Return the rate of the step-th update (from 0): a linear rise over the warm-up, then constant."""
+    return config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+
+
+def ema_decay(step: int, config: TrainingConfig) -> float:
+    """Return the average's decay at a step: small at first, so that it forgets the initial weights."""
+    return min(config.ema_decay, (1 + step) / (10 + step))
+
+
+def new_unet(config: Config, device: torch.device) -> UNet:
+    """Build a U-Net with initial weights that follow from the seed alone, without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        unet = UNet(config.unet)
+    return unet.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+class Trainer:
+    """A U-Net in training: weights, their moving average, Adam, and the step number."""
+
+    def __init__(self, config: Config, batch: BatchFunction, device: torch.device) -> None:
+        """Start at step 0.
+
+        Args:
+            config: the run's configuration.
+            batch: where images come from.
+            device: where to compute.
+        """
+        self.config, self.batch, self.device = config, batch, device
+        self.dtype = choose_dtype(config.training.precision, device)
+        self.unet = new_unet(config, device)
+        self.parameters = dict(self.unet.named_parameters())
+        self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        # Fused Adam skips its update where found_inf is 1 and divides gradients by grad_scale: that masks bad
+        # steps and clips gradients on the device, without a pass of their own.
+        self.rate = torch.zeros((), device=device)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.rate, fused=True)
+        self.table = training_table(config.diffusion, config.training.min_snr_gamma).to(device)
+        self.key = key_from_seed(config.training.seed, device)
+        self.step = 0
+        self.bad_step = torch.full((), -1, device=device)  # latches the first step that was not finite
+        self.loss_sum = torch.zeros((), device=device)  # of the steps since it was last read
+        self.gradient_norm = torch.zeros((), device=device)
+
+    def losses(self, first_example: int, n: int) -> Tensor:
+        """Compute the weighted squared errors of n training examples: [n] float32 (Algorithm 1, line 5)."""
+        images, sample_index = self.batch(first_example, n)
+        t = timesteps(NoiseAddress(self.key, sample_index), self.config.diffusion.timesteps)
+        flip = self.config.data.flip
+        x_t = ops.q_sample(
+            images, t, self.table, self.key, sample_index, flip=flip, dtype=self.dtype, channels_last=True
+        )
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            prediction = self.unet(x_t, t, NoiseAddress(self.key, sample_index))
+        return ops.noise_mse(prediction, images, t, self.table, self.key, sample_index, flip=flip)
+
+    def backward(self) -> Tensor:
+        """Compute the batch's loss and leave its gradients in the parameters, part by part."""
+        training = self.config.training
+        part = training.batch_size // training.accumulate
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for i in range(training.accumulate):
+            loss = self.losses(self.step * training.batch_size + i * part, part).sum() / training.batch_size
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def train_step_no_sync(self) -> None:
+        """Take one optimizer step; a step whose loss or gradient is not finite changes no weight, nor do later ones."""
+        training = self.config.training
+        loss = self.backward()
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self.bad_step = torch.where((self.bad_step < 0) & bad, self.step, self.bad_step)
+        latched = self.bad_step >= 0
+        self.rate.fill_(learning_rate(self.step, training))
+        self.optimizer.found_inf = latched.float()  # pyright: ignore[reportAttributeAccessIssue]
+        scale = (norm / training.clip_norm).clamp(min=1.0) if training.clip_norm else torch.ones_like(norm)
+        self.optimizer.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
+        self._follow_no_sync(torch.where(latched, 1.0, ema_decay(self.step, training)))
+        self.loss_sum += loss
+        self.gradient_norm = norm
+        self.step += 1
+
+    @torch.no_grad()
+    def _follow_no_sync(self, decay: Tensor) -> None:
+        """Move the average: ema = (ema - w) * decay + w, three passes over all weights and no memory of its own."""
+        averages, weights = list(self.ema.values()), [p.detach() for p in self.parameters.values()]
+        torch._foreach_sub_(averages, weights)
+        torch._foreach_mul_(averages, decay)
+        torch._foreach_add_(averages, weights)
+
+    def read_loss(self, steps: int) -> float:
+        """Return the mean loss of the last `steps` steps and start the next mean. Waits for the device."""
+        mean = float(self.loss_sum) / steps
+        self.loss_sum.zero_()
+        return mean
+
+    def loss_of_predicting_nothing(self, images: int = 256) -> float:
+        """Return the expected loss of a network that returns zeros, for the mean square of the first images.
+
+        With independent eps of variance 1 it is the mean over t of m * (c**2 + d**2 * E[x_start**2]).
+        """
+        sample, _ = self.batch(0, images)
+        mean_square = (sample.float() / 127.5 - 1).square().mean()
+        row = TrainingTable(*self.table.unbind(1))
+        return float((row.m * (row.c**2 + row.d**2 * mean_square)).mean())
+
+    @contextmanager
+    def averaged(self) -> Iterator[UNet]:
+        """Lend the U-Net with the averaged weights in place of the trained ones."""
+        trained = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.ema[name]
+            yield self.unet
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = trained[name]
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return all that a checkpoint needs: with the step number, the run continues bit for bit."""
+        optimizer = {"loss_sum": self.loss_sum}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                optimizer[f"{key}.{name}"] = value
+        return {"model": dict(self.parameters), "ema": self.ema, "optimizer": optimizer}
+
+    @torch.no_grad()
+    def load_state(self, step: int, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Continue from a checkpoint's tensors, in the form of `state`.
+
+        Raises:
+            ValueError: a name or a shape does not fit this U-Net.
+        """
+        _copy_all("model", self.parameters, parts["model"])
+        _copy_all("ema", self.ema, parts["ema"])
+        moments = {f"{k}.{n}": v for n, p in self.parameters.items() for k, v in _new_moments(p).items()}
+        _copy_all("optimizer", moments | {"loss_sum": self.loss_sum}, parts["optimizer"])
+        for name, parameter in self.parameters.items():
+            self.optimizer.state[parameter] = {key: moments[f"{key}.{name}"] for key in _new_moments(parameter)}
+        self.step = step
+
+    def name_the_bad_layer(self) -> str:
+        """Run the latched step again (its noise has an address) and say where a value stops being finite."""
+        self.step = int(self.bad_step)
+        found: list[str] = []
+        hooks = [
+            module.register_forward_hook(_finite_hook(name, found))
+            for name, module in self.unet.named_modules()
+            if name and not isinstance(module, nn.ModuleList)
+        ]
+        try:
+            loss = self.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if found:
+            return f"the output of {found[0]} is not finite"
+        gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        broken = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+        if broken:
+            return f"the gradient of {broken[-1]} is not finite"  # the last is the first in backward order
+        return f"the loss is {float(loss)} and the gradient's norm overflowed"
+
+
+def _finite_hook(name: str, found: list[str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not torch.isfinite(output).all():
+            found.append(name)
+
+    return look
+
+
+def _new_moments(parameter: Tensor) -> dict[str, Tensor]:
+    """Return fused Adam's state of one parameter, as its first step makes it."""
+    zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": zeros,
+        "exp_avg_sq": zeros.clone(),
+    }
+
+
+def _copy_all(part: str, into: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    differing = sorted(set(into) ^ set(source))
+    if differing:
+        raise ValueError(f"{part}: {differing[0]} and {len(differing) - 1} more names are on one side only")
+    for name, tensor in into.items():
+        if tensor.shape != source[name].shape:
+            raise ValueError(f"{part}: {name} is {tuple(source[name].shape)}, not {tuple(tensor.shape)}")
+        tensor.copy_(source[name])
