@@ -319,7 +319,7 @@ def check_fitting(trainer: Trainer, steps: int) -> Iterator[Line]:
     moved = any(bool((trainer.ema[name] != before[name]).any()) for name in before)
     found = f"{off:.1e} off" if moved else "it does not move"
     yield Line("the weights' average follows", moved and off < 1e-6, f"decay {decay:.2f} at step 0", found, file)
-    first = trainer.read_loss(1)
+    first = trainer.read_loss()
     for _ in range(steps):
         trainer.step = 0  # the same examples with the same noise again
         trainer.train_step_no_sync()

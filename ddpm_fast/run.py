@@ -82,9 +82,7 @@ def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
             f"{run} was started otherwise ({'; '.join(differing)}): leave the flag out, or use another --out"
         )
     if steps < saved.training.steps:
-        raise InputError(
-            f"{run} was started with --steps {saved.training.steps}: {steps} is fewer; only more can be asked"
-        )
+        raise InputError(f"{run} was started with --steps {saved.training.steps}: ask for as many or more, not {steps}")
     if fingerprint != saved_fingerprint:
         raise InputError(
             f"{run} was trained on other data (fingerprint {saved_fingerprint[:12]}, now {fingerprint[:12]})"
@@ -234,7 +232,7 @@ class Run:
         self._stop_if_not_finite()
         now = time.perf_counter()
         seconds, steps = now - self._since, trainer.step - self._since_step
-        loss = trainer.read_loss((trainer.step - 1) % self.config.training.log_every + 1)
+        loss = trainer.read_loss()
         metrics: dict[str, Any] = {
             "step": trainer.step,
             "loss": loss,

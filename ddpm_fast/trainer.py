@@ -80,7 +80,8 @@ class Trainer:
         self.key = key_from_seed(config.training.seed, device)
         self.step = 0
         self.bad_step = torch.full((), -1, device=device)  # latches the first step that was not finite
-        self.loss_sum = torch.zeros((), device=device)  # of the steps since it was last read
+        self.loss_sum = torch.zeros((), device=device)  # of the steps since it was last read,
+        self.loss_steps = torch.zeros((), dtype=torch.int64)  # and how many they are; a tensor to be saved with it
         self.gradient_norm = torch.zeros((), device=device)
 
     def losses(self, first_example: int, n: int) -> Tensor:
@@ -123,6 +124,7 @@ class Trainer:
         self.optimizer.step()
         self._follow_no_sync(torch.where(latched, 1.0, ema_decay(self.step, training)))
         self.loss_sum += loss
+        self.loss_steps += 1
         self.gradient_norm = norm
         self.step += 1
 
@@ -134,10 +136,11 @@ class Trainer:
         torch._foreach_mul_(averages, decay)
         torch._foreach_add_(averages, weights)
 
-    def read_loss(self, steps: int) -> float:
-        """Return the mean loss of the last `steps` steps and start the next mean. Waits for the device."""
-        mean = float(self.loss_sum) / steps
+    def read_loss(self) -> float:
+        """Return the mean loss since it was last read. Waits for the device."""
+        mean = float(self.loss_sum) / int(self.loss_steps)
         self.loss_sum.zero_()
+        self.loss_steps.zero_()
         return mean
 
     def loss_of_predicting_nothing(self, images: int = 256) -> float:
@@ -164,7 +167,7 @@ class Trainer:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return all that a checkpoint needs: with the step number, the run continues bit for bit."""
-        optimizer = {"loss_sum": self.loss_sum}
+        optimizer = {"loss_sum": self.loss_sum, "loss_steps": self.loss_steps}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 optimizer[f"{key}.{name}"] = value
@@ -180,7 +183,8 @@ class Trainer:
         _copy_all("model", self.parameters, parts["model"])
         _copy_all("ema", self.ema, parts["ema"])
         moments = {f"{k}.{n}": v for n, p in self.parameters.items() for k, v in _new_moments(p).items()}
-        _copy_all("optimizer", moments | {"loss_sum": self.loss_sum}, parts["optimizer"])
+        logged = {"loss_sum": self.loss_sum, "loss_steps": self.loss_steps}
+        _copy_all("optimizer", moments | logged, parts["optimizer"])
         for name, parameter in self.parameters.items():
             self.optimizer.state[parameter] = {key: moments[f"{key}.{name}"] for key in _new_moments(parameter)}
         self.step = step
