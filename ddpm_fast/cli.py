@@ -118,8 +118,9 @@ def _flags_of(cls: Any) -> list[str]:
 
 def _one_line(box: str) -> str:
     """Take the message, the first paragraph, out of tyro's boxed error; suggest the nearest valid choice."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
-    message = " ".join(itertools.takewhile(bool, lines))
+    # The box is drawn in Unicode or in ASCII, as the terminal allows; rules become empty lines.
+    lines = [re.sub(r"^[-─+]{3,}$", "", line.strip("│|╭╮╰╯ ")) for line in box.splitlines()[1:]]
+    message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
     message = re.sub(r"^Error parsing |^config\.\w+: |^Missing from .*?: ", "", message)
     choice = re.match(r"invalid choice '(.*?)' .*? one of \((.*)\)", message)
     if choice:
