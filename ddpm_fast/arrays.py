@@ -22,7 +22,7 @@ def _load(path: Path) -> NDArray[Any]:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        if "pickle" in str(error).lower() or "Object arrays" in str(error):
+        if any(word in str(error) for word in ("pickle", "Python objects", "Object arrays")):
             raise InputError(f"--data {path} holds pickled objects, which are never loaded: save uint8") from None
         raise InputError(f"--data {path} is empty, truncated or not an array file ({error})") from None
 

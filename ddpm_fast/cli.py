@@ -11,19 +11,15 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from ddpm_fast.arguments import CheckArguments, SampleArguments, TrainArguments
 from ddpm_fast.config import (
-    PRESETS,
-    Config,
     InputError,
     MathematicsError,
-    SamplerConfig,
-    Spacing,
     nearest,
     preset,
 )
@@ -42,71 +38,6 @@ commands:
 `ddpm-fast COMMAND --help` explains every flag with its unit and default."""
 
 
-@dataclass(frozen=True)
-class TrainArguments:
-    """Train a U-Net. --preset is read first and gives the defaults of all other flags."""
-
-    config: Config = field(default_factory=lambda: PRESETS["digits"])
-    out: str = ""
-    """Run directory, which must not exist or be empty; default runs/PRESET-N with the next free N."""
-    resume: bool = False
-    """Continue from the newest whole checkpoint of --out; flags left out come from its config.json."""
-
-
-@dataclass(frozen=True)
-class SampleArguments:
-    """Make images from a trained run, by number: image 17 of a seed is the same whatever else is asked for."""
-
-    run: tyro.conf.Positional[str]
-    """Run directory, or one of its checkpoints/step-*."""
-    count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 64
-    """How many images."""
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
-    """ddpm is the paper's; ddim (Song et al. 2021) and dpm++ (DPM-Solver++ 2M) need far fewer steps."""
-    steps: int = 0
-    """Sampling steps, 1 to T; 0 is all T."""
-    eta: float = 0.0
-    """DDIM's share of fresh noise, 0 to 1."""
-    spacing: Spacing = "trailing"
-    """Which timesteps a sampler of fewer steps visits."""
-    seed: int = 0
-    """Seed, 0 to 2**64 - 1."""
-    first_index: int = 0
-    """Number of the first image, 0 to 2**32 - 1."""
-    batch_size: int = 64
-    """Largest number of images made at once."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Averaged or last trained weights."""
-    out: str = ""
-    """Directory to write to; default RUN/samples/SAMPLER-STEPS-seedSEED."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes an NVIDIA GPU if there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the U-Net; auto is bf16 on GPUs that are good at it, else fp32."""
-    animate: bool = False
-    """Also write animation.gif: up to 16 images on their way from noise."""
-
-    def __post_init__(self) -> None:
-        for name, least, most in (("count", 1, 2**32), ("batch_size", 1, 2**20), ("first_index", 0, 2**32 - 1)):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise InputError(f"--{name.replace('_', '-')} is {value}: it must lie in {least}..{most}")
-        if not 0 <= self.seed < 2**64:
-            raise InputError(f"--seed is {self.seed}: it must lie in 0..2**64-1")
-
-    def sampler_config(self) -> SamplerConfig:
-        return SamplerConfig(self.sampler, self.steps, self.eta, self.spacing)
-
-
-@dataclass(frozen=True)
-class CheckArguments:
-    """Check the mathematics of a trained run, or of what the train flags describe."""
-
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""
-    """A run directory; left out, the flags below are checked."""
-    config: Config = field(default_factory=lambda: PRESETS["digits"])
-
-
 def _flags_of(cls: Any) -> list[str]:
     """Return every flag name of a dataclass, nested parts flattened."""
     flags: list[str] = []
@@ -121,7 +52,8 @@ def _one_line(box: str) -> str:
     # The box is drawn in Unicode or in ASCII, as the terminal allows; rules become empty lines.
     lines = [re.sub(r"^[-─+]{3,}$", "", line.strip("│|╭╮╰╯ ")) for line in box.splitlines()[1:]]
     message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
-    message = re.sub(r"^Error parsing |^config\.\w+: |^Missing from .*?: ", "", message)
+    message = re.sub(r"^Error parsing |^config\.\w+: |^\w+Arguments: ", "", message)
+    message = re.sub(r"^Missing from .*?: ", "missing ", message)
     choice = re.match(r"invalid choice '(.*?)' .*? one of \((.*)\)", message)
     if choice:
         message += nearest(choice[1], re.findall(r"'(.*?)'", choice[2]))

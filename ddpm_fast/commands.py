@@ -4,12 +4,12 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ddpm_fast import checkpoint
+from ddpm_fast.arguments import SampleArguments
 from ddpm_fast.check import check_run, check_start, report
 from ddpm_fast.config import Config, InputError, with_training
 from ddpm_fast.data import open_dataset
@@ -20,9 +20,6 @@ from ddpm_fast.run import InterruptedRunError, Run, find_start
 from ddpm_fast.samplers import sampler_table
 from ddpm_fast.trainer import choose_device, choose_dtype
 from ddpm_fast.unet import UNet
-
-if TYPE_CHECKING:
-    from ddpm_fast.cli import SampleArguments
 
 ANIMATION_FRAMES = 60
 ANIMATED_IMAGES = 16
@@ -87,7 +84,7 @@ def load_unet(found: checkpoint.Checkpoint, weights: str, device: torch.device) 
     return unet.requires_grad_(False).eval()
 
 
-def sample(arguments: "SampleArguments") -> int:
+def sample(arguments: SampleArguments) -> int:
     """Make images of a checkpoint and write them; returns the exit status."""
     device = _require_device(arguments.device)
     found = checkpoint.resolve(Path(arguments.run))
@@ -105,11 +102,14 @@ def sample(arguments: "SampleArguments") -> int:
     started = time.perf_counter()
     loop = Loop(load_unet(found, arguments.weights, device), table, choose_dtype(arguments.precision, device))
     frames: list[Tensor] = []
+    finished = False
 
     def keep_frame(k: int, x: Tensor) -> None:
-        if k < len(frames) * steps // ANIMATION_FRAMES and k != steps - 1:
-            return
-        frames.append(x[:ANIMATED_IMAGES].cpu())
+        # Of the first batch alone, about ANIMATION_FRAMES steps evenly spread, and the last.
+        nonlocal finished
+        if not finished and (k * ANIMATION_FRAMES // steps >= len(frames) or k == steps - 1):
+            frames.append(x[:ANIMATED_IMAGES].cpu())
+        finished |= k == steps - 1
 
     images = ImageRange(arguments.seed, arguments.first_index, arguments.count)
     samples = sample_images(

@@ -209,20 +209,21 @@ class Config:
 _PAPER_256 = UNetConfig(height=256, width=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
 
 PRESETS: dict[str, Config] = {
-    # 1,797 handwritten digits of 8x8: minutes on two CPU cores. Chosen by measurement, see profiles/.
+    # 1,797 handwritten digits of 8x8: two minutes on two CPU cores. One ResBlock a level and the cosine
+    # schedule gave the best samples of the settings tried in that time.
     "digits": Config(
         preset="digits",
-        unet=UNetConfig(1, 8, 8, channels=32, channel_multipliers=(1, 2), attention_resolutions=(4,), groups=8),
-        diffusion=DiffusionConfig(variance="small"),
+        unet=UNetConfig(1, 8, 8, 32, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=8),
+        diffusion=DiffusionConfig(schedule="cosine", variance="small"),
         data=DataConfig(data="digits"),
         training=TrainingConfig(
-            steps=2000,
+            steps=1200,
             batch_size=64,
-            learning_rate=2e-3,
+            learning_rate=1e-3,
             warmup_steps=100,
             ema_decay=0.995,
-            save_every=500,
-            sample_every=500,
+            save_every=600,
+            sample_every=300,
         ),
     ),
     "mnist": Config(

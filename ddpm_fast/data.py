@@ -6,8 +6,10 @@ covers H x W (Lanczos, with antialiasing); cut out the centre.
 Shapes: M images in the store, N in a batch, C channels, H x W pixels.
 """
 
+import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,7 +125,8 @@ def _build(key: str, count: int, shape: tuple[int, int, int], fill: Callable[[ND
         reason = error.strerror or error
         raise InputError(f"cannot write {path}: {reason}; free some space or set XDG_CACHE_HOME elsewhere") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _open_array(path: Path, shape: tuple[int, int, int], data: DataConfig) -> Dataset:
@@ -252,9 +255,8 @@ class BatchSource:
 
     def __init__(self, dataset: Dataset, key: Tensor, device: torch.device) -> None:
         """Take the data set, the seed's key [2] and where batches are wanted."""
-        images = dataset.images if dataset.images.flags.writeable else np.asarray(dataset.images).view()
         self.device = device
-        self.store = _as_tensor(images)
+        self.store = _as_tensor(dataset.images)
         if device.type == "cuda" and self.store.nbytes * DEVICE_SHARE <= torch.cuda.mem_get_info(device)[0]:
             self.store = self.store.to(device)
         self.order = ExampleOrder(key.to(self.store.device), len(dataset))
@@ -268,8 +270,6 @@ class BatchSource:
 
 def _as_tensor(images: NDArray[np.uint8]) -> Tensor:
     """Share a read-only array with PyTorch, which is never going to write to it, without copying."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(images)

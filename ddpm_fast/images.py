@@ -3,6 +3,7 @@
 Shapes: N images, H x W pixels, C channels; pixels are uint8 [N, H, W, C].
 """
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def save_picture(path: Path, image: Image.Image, **options: object) -> None:
         reason = error.strerror or error
         raise InputError(f"cannot write {path}: {reason}; free some space or choose another --out") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_image(path: Path, pixels: Pixels) -> None:

@@ -110,7 +110,7 @@ def ddpm_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction, variance: Va
     p, q = _predict_x_start(ab, prediction)
     beta = 1 - ab / ab_next
     u = ab_next.sqrt() * beta / (1 - ab)
-    v = (1 - beta).sqrt() * (1 - ab_next) / (1 - ab)
+    v = (ab / ab_next).sqrt() * (1 - ab_next) / (1 - ab)
     posterior_variance = beta * (1 - ab_next) / (1 - ab)
     s = (posterior_variance if variance == "small" else beta).sqrt().clone()
     s[-1] = 0  # no noise in the last step

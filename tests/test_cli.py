@@ -14,7 +14,7 @@ from ddpm_fast import cli
 from ddpm_fast.config import PRESETS, InputError
 
 TINY = "--channels 8 --channel-multipliers 1 --res-blocks 1 --attention-resolutions --groups 4 --batch-size 4"
-TINY_RUN = f"{TINY} --steps 3 --sample-every 0 --timesteps 25 --beta-end 0.5 --device cpu"
+TINY_RUN = f"{TINY} --steps 3 --sample-every 0 --timesteps 25 --schedule linear --beta-end 0.5 --device cpu"
 
 
 def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -62,8 +62,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train stray", "stray"),
         ("sample nowhere", "nowhere does not exist"),
         ("sample x --count 0", "--count is 0"),
-        ("sample x --sampler dpm", "Did you mean 'dpm++'?"),
-        ("sample", "RUN"),
+        ("sample x --sampler dpm+", "Did you mean 'dpm++'?"),
+        ("sample", "Missing RUN_OR_CHECKPOINT"),
         ("check nowhere", "nowhere does not exist"),
     ],
 )

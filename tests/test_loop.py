@@ -82,6 +82,6 @@ def test_every_step_is_reported(unet):
 
 def test_a_value_that_is_not_finite_is_refused(unet):
     broken = UNet(CONFIG)
-    torch.nn.init.constant_(broken.conv_out.bias, float("nan"))
+    torch.nn.init.constant_(broken.conv_out.weight, float("nan"))
     with pytest.raises(MathematicsError, match="not finite"):
         sample(loop(broken, "ddim", 2), ImageRange(0, 0, 1), 1)

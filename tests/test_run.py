@@ -121,7 +121,9 @@ def test_the_first_bad_step_is_masked_named_and_stops_the_run(tmp_path):
 
     def break_the_weights(first: int, n: int):
         if first >= 3 * n:  # from step 3 on, conv_in returns NaN
-            trainer.unet.conv_in.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+            trainer.unet.conv_in.register_forward_hook(
+                lambda module, inputs, output: torch.full_like(output, torch.nan)
+            )
         return batch(first, n)
 
     trainer.batch = break_the_weights

@@ -1,0 +1,127 @@
+"""The configuration: bad values are refused in one line that teaches, good ones survive a round trip."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ddpm_fast import config
+from ddpm_fast.config import PRESETS, Config, DiffusionConfig, InputError, TrainingConfig, UNetConfig
+
+# dataclass, field, bad value, and what the message must say beside the field and the value
+BAD = [
+    (UNetConfig, "image_channels", 0, "at least 1"),
+    (UNetConfig, "height", 33, "use 32"),
+    (UNetConfig, "width", 30, "use 32"),
+    (UNetConfig, "height", -8, "at least 1"),
+    (UNetConfig, "channels", 100, "32 groups: change channels or groups"),
+    (UNetConfig, "groups", 48, "change channels or groups"),
+    (UNetConfig, "channel_multipliers", (), "name one multiplier a level"),
+    (UNetConfig, "channel_multipliers", (1, 0), "must be positive"),
+    (UNetConfig, "res_blocks", 0, "at least 1"),
+    (UNetConfig, "attention_resolutions", (15,), "[32, 16, 8, 4]"),
+    (UNetConfig, "dropout", 1.0, "[0, 1)"),
+    (UNetConfig, "dropout", -0.1, "[0, 1)"),
+    (DiffusionConfig, "timesteps", 0, "at least 1"),
+    (DiffusionConfig, "beta_start", 0.0, "0 < start <= end < 1"),
+    (DiffusionConfig, "beta_end", 1.0, "0 < start <= end < 1"),
+    (DiffusionConfig, "beta_end", 1e-5, "0 < start <= end < 1"),
+    (TrainingConfig, "steps", 0, "at least 1"),
+    (TrainingConfig, "batch_size", -1, "at least 1"),
+    (TrainingConfig, "accumulate", 3, "does not divide"),
+    (TrainingConfig, "log_every", 0, "at least 1"),
+    (TrainingConfig, "save_every", 0, "at least 1"),
+    (TrainingConfig, "sample_every", -1, "not be negative"),
+    (TrainingConfig, "warmup_steps", -1, "not be negative"),
+    (TrainingConfig, "clip_norm", -1.0, "not be negative"),
+    (TrainingConfig, "min_snr_gamma", -1.0, "not be negative"),
+    (TrainingConfig, "learning_rate", 0.0, "must be positive"),
+    (TrainingConfig, "learning_rate", float("nan"), "must be positive"),
+    (TrainingConfig, "ema_decay", 1.0, "[0, 1)"),
+    (TrainingConfig, "seed", -1, "0..2**64-1"),
+    (TrainingConfig, "seed", 2**64, "0..2**64-1"),
+]
+
+
+@pytest.mark.parametrize(("cls", "field", "value", "remedy"), BAD)
+def test_bad_value_is_refused_in_one_line_with_field_value_and_remedy(cls, field, value, remedy):
+    with pytest.raises(InputError) as caught:
+        cls(**{field: value})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert field in message
+    assert remedy in message
+    for part in value if isinstance(value, tuple) else (value,):
+        assert str(part) in message
+
+
+@pytest.mark.parametrize("cls", [UNetConfig, DiffusionConfig, TrainingConfig])
+def test_not_a_number_is_refused_in_every_float_field(cls):
+    for field in dataclasses.fields(cls):
+        if field.type is float:
+            with pytest.raises(InputError, match=field.name):
+                cls(**{field.name: float("nan")})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    values = json.loads(json.dumps(config.to_dict(PRESETS[name])))
+    assert config.from_dict(values) == PRESETS[name]
+    assert config.from_dict(config.to_dict(PRESETS[name])) == PRESETS[name]
+    assert PRESETS[name].preset == name
+
+
+def test_every_field_survives_a_round_trip_when_it_is_not_the_default():
+    changed = Config(
+        "mine",
+        UNetConfig(4, 24, 40, 48, (1, 2, 3), 3, (12, 6), 0.25, 16),
+        DiffusionConfig(77, "sigmoid", 0.001, 0.03, "v", "small", False),
+        config.DataConfig("pictures", "0..1", True, True),
+        TrainingConfig(7, 12, 3, 1e-3, 5, 0.5, 0.9, 5.0, 2**64 - 1, "cpu", "bf16", 3, 4, 5),
+    )
+    default = Config()
+    for part in dataclasses.fields(Config)[1:]:
+        for field in dataclasses.fields(getattr(changed, part.name)):
+            here, there = (getattr(getattr(c, part.name), field.name) for c in (changed, default))
+            assert here != there, f"{part.name}.{field.name} is not tried: give it a value here"
+    assert config.from_dict(json.loads(json.dumps(config.to_dict(changed)))) == changed
+
+
+@pytest.mark.parametrize(("part", "key", "suggestion"), [("unet", "chanels", "channels"), ("training", "sed", "seed")])
+def test_unknown_key_is_refused_and_the_nearest_suggested(part, key, suggestion):
+    values = config.to_dict(Config())
+    values[part][key] = 1
+    with pytest.raises(InputError, match=f"unknown configuration key '{key}'. Did you mean '{suggestion}'"):
+        config.from_dict(values)
+    with pytest.raises(InputError, match=r"unknown configuration key 'trainin'. Did you mean 'training'"):
+        config.from_dict({"trainin": {}})
+
+
+@pytest.mark.parametrize("values", [{"unet": 3}, {"unet": {"height": "tall"}}])
+def test_wrong_type_is_refused_as_input(values):
+    with pytest.raises(InputError, match="UNetConfig"):
+        config.from_dict(values)
+
+
+def test_bad_value_inside_a_saved_configuration_is_refused():
+    values = config.to_dict(Config())
+    values["unet"]["height"] = 33
+    with pytest.raises(InputError, match="height 33"):
+        config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"), [("digts", "digits"), ("cifar-10", "cifar10"), ("church", "church256")]
+)
+def test_unknown_preset_is_refused_and_the_nearest_suggested(name, suggestion):
+    with pytest.raises(InputError, match=f"unknown preset '{name}'.*Did you mean '{suggestion}'"):
+        config.preset(name)
+    with pytest.raises(InputError, match="the presets are digits, mnist, cifar10") as caught:
+        config.preset("zzz")
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_configurations_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().training.steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert config.with_training(Config(), steps=3).training == dataclasses.replace(TrainingConfig(), steps=3)

@@ -1,0 +1,87 @@
+"""Samples as pictures: pixels by hand, grids at known places, files whole or not at all."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast import images
+from ddpm_fast.config import InputError
+
+
+def test_normalized_maps_minus_one_to_black_and_one_to_white():
+    samples = torch.tensor([-1.0, -0.5, 0.0, 1.0, 3.0, -9.0]).view(1, 1, 2, 3)
+    assert images.to_uint8(samples).ravel().tolist() == [0, 64, 128, 255, 255, 0]
+
+
+def test_pixels_are_channels_last():
+    samples = torch.rand(2, 3, 4, 5) * 2 - 1
+    expected = np.rint((samples.permute(0, 2, 3, 1).numpy() + 1) * 127.5)
+    assert np.abs(images.to_uint8(samples) - expected).max() <= 1
+    assert images.to_uint8(samples).shape == (2, 4, 5, 3)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
+def test_a_saved_image_has_the_models_resolution_and_mode(tmp_path, channels, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, channels), dtype=np.uint8)
+    images.save_image(tmp_path / "a.png", pixels)
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.mode, image.size) == (mode, (7, 5))
+        assert np.array_equal(np.asarray(image).reshape(pixels.shape), pixels)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (5, 3, 2), (9, 3, 3), (64, 8, 8)])
+def test_a_grid_shows_every_image_at_its_place(count, columns, rows):
+    pixels = np.zeros((count, 8, 8, 1), dtype=np.uint8) + np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    laid_out = np.asarray(images.grid(pixels))
+    factor = laid_out.shape[0] // (rows * 10 + 2)
+    assert laid_out.shape == ((rows * 10 + 2) * factor, (columns * 10 + 2) * factor)
+    assert factor > 1
+    for number in range(count):
+        y, x = (2 + part * 10 + 4 for part in divmod(number, columns))
+        assert laid_out[y * factor, x * factor] == number
+
+
+def test_large_images_are_not_enlarged():
+    assert images.grid(np.zeros((4, 256, 256, 3), dtype=np.uint8)).size == (2 * 258 + 2, 2 * 258 + 2)
+
+
+def test_a_caption_is_never_cut_off():
+    text = "a caption that is much longer than the picture is wide, and then some"
+    picture = images.captioned(Image.new("L", (20, 20)), text)
+    assert picture.width > 300
+    last = np.asarray(picture.convert("L"))[20:, -6:]
+    assert last.min() == 255  # the margin after the last letter stays white
+
+
+def test_both_grids_are_written_and_drift_shows(tmp_path):
+    samples = torch.linspace(-3, 3, 64).view(1, 1, 8, 8)
+    normalized, raw = images.save_normalized_and_raw(samples, tmp_path, "step-0000005")
+    assert (normalized.name, raw.name) == ("step-0000005_normalized.png", "step-0000005_raw.png")
+
+    def levels(path) -> int:
+        with Image.open(path) as image:
+            return len(np.unique(np.asarray(image.convert("L"))[: 12 * 7]))
+
+    assert levels(raw) > 2 * levels(normalized)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_constant_and_broken_samples_are_drawn(tmp_path, value):
+    for path in images.save_normalized_and_raw(torch.full((2, 3, 4, 4), value), tmp_path, "a"):
+        with Image.open(path) as image:
+            image.load()
+
+
+def test_an_animation_has_all_frames(tmp_path):
+    frames = [np.full((4, 8, 8, 1), 60 * i, dtype=np.uint8) for i in range(4)]
+    images.save_animation(tmp_path / "a.gif", frames)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert getattr(image, "n_frames", 1) == 4
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        images.save_image(tmp_path / "file" / "a.png", np.zeros((2, 2, 1), dtype=np.uint8))
