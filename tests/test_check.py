@@ -8,16 +8,12 @@ import torch
 
 from ddpm_fast import blocks, check, noise, ops, reference, samplers, schedule, unet
 from ddpm_fast.check import Line, check_start
-from ddpm_fast.config import PRESETS, Config, DiffusionConfig
+from ddpm_fast.config import PRESETS, Config, DiffusionConfig, UNetConfig
 from ddpm_fast.data import Dataset, open_dataset
 from ddpm_fast.trainer import Trainer
 
-SMALL = replace(
-    PRESETS["digits"],
-    unet=replace(
-        PRESETS["digits"].unet, channels=16, channel_multipliers=(1, 1), res_blocks=1, attention_resolutions=()
-    ),
-)
+SMALL_UNET = UNetConfig(1, 8, 8, 16, (1, 1), res_blocks=1, attention_resolutions=(), groups=8)
+SMALL = replace(PRESETS["digits"], unet=SMALL_UNET, diffusion=DiffusionConfig(variance="small"))
 
 
 @pytest.fixture(scope="module")

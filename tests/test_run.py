@@ -119,11 +119,12 @@ def test_the_first_bad_step_is_masked_named_and_stops_the_run(tmp_path):
     running.save()
     batch = trainer.batch
 
+    def return_nan(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output * torch.nan  # and not a new tensor: the graph must go on behind it
+
     def break_the_weights(first: int, n: int):
         if first >= 3 * n:  # from step 3 on, conv_in returns NaN
-            trainer.unet.conv_in.register_forward_hook(
-                lambda module, inputs, output: torch.full_like(output, torch.nan)
-            )
+            trainer.unet.conv_in.register_forward_hook(return_nan)
         return batch(first, n)
 
     trainer.batch = break_the_weights
