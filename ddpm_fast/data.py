@@ -8,16 +8,20 @@ Shapes: M images in the store, N in a batch, C channels, H x W pixels.
 
 import contextlib
 import hashlib
+import json
 import os
 import warnings
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +29,8 @@ from ddpm_fast.arrays import read_array
 from ddpm_fast.config import DataConfig, InputError, UNetConfig, nearest
 from ddpm_fast.noise import permutation
 from ddpm_fast.pictures import Unusable, decode, fit, is_picture
+
+Result = TypeVar("Result")
 
 STORE_VERSION = 1
 """Part of the cache's key: raise it when the rule above changes."""
@@ -58,19 +64,31 @@ def open_dataset(data: DataConfig, unet: UNetConfig, progress: bool = False) -> 
         InputError: the source is missing, empty or unusable; every unusable file is counted and the first are named.
     """
     shape = (unet.height, unet.width, unet.image_channels)
+    if unet.image_channels > 4:
+        raise InputError(f"image_channels is {unet.image_channels}: images have 1 (grey), 2 (and alpha), 3 (RGB) or 4")
     if not data.data:
         raise InputError("this preset has no data of its own: name --data, a folder of images or a .npy/.npz file")
     if data.data == "digits":
         return _in_memory(_digits(), shape, data.data)
     path = Path(data.data)
-    if not path.exists():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"--data {path} does not exist.{nearest(path.name, [*siblings, 'digits'])}")
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise _missing(path, error) from None
     if path.is_dir():
         return _open_folder(path, shape, data, progress)
     if path.suffix not in (".npy", ".npz"):
         raise InputError(f"--data {path} is a file, but neither .npy nor .npz: name one of those or a folder of images")
-    return _open_array(path, shape, data)
+    return _open_array(path, shape, data, progress)
+
+
+def _missing(path: Path, error: OSError | ValueError) -> InputError:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
+        return InputError(f"--data {path} cannot be read: {error.strerror}")
+    siblings = ["digits"]
+    with contextlib.suppress(OSError, ValueError):
+        siblings += [entry.name for entry in path.parent.iterdir()]
+    return InputError(f"--data {path} does not exist.{nearest(path.name, siblings)}")
 
 
 def _digits() -> NDArray[np.uint8]:
@@ -81,18 +99,20 @@ def _digits() -> NDArray[np.uint8]:
     return np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)[..., None]
 
 
-def _digest(*parts: bytes) -> str:
+def _digest(*parts: bytes | NDArray[np.uint8]) -> str:
     digest = hashlib.blake2b(digest_size=20)
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+        digest.update((len(part) if isinstance(part, bytes) else part.nbytes).to_bytes(8, "little"))
+        # An array goes image by image: it may be a mapped file larger than memory.
+        for chunk in (part,) if isinstance(part, bytes) else part:
+            digest.update(bytes(chunk))
     return digest.hexdigest()
 
 
 def _in_memory(images: NDArray[np.uint8], shape: tuple[int, int, int], source: str) -> Dataset:
     if images.shape[1:] != shape:
         images = np.stack([fit(image, shape) for image in images])
-    return Dataset(images, _digest(repr((shape, STORE_VERSION)).encode(), images.tobytes()), source)
+    return Dataset(images, _digest(repr((shape, STORE_VERSION)).encode(), images), source)
 
 
 def cache_directory() -> Path:
@@ -104,9 +124,10 @@ def _cached(key: str, count: int, shape: tuple[int, int, int]) -> NDArray[np.uin
     """Map a store of the cache; None when it is missing, torn or not of this shape."""
     try:
         images = np.load(cache_directory() / f"{key}.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
-    return images if images.shape == (count, *shape) and images.dtype == np.uint8 else None
+    mapped = isinstance(images, np.memmap)  # else an .npz in disguise
+    return images if mapped and images.shape == (count, *shape) and images.dtype == np.uint8 else None
 
 
 def _build(key: str, count: int, shape: tuple[int, int, int], fill: Callable[[NDArray[np.uint8]], None]) -> None:
@@ -115,9 +136,10 @@ def _build(key: str, count: int, shape: tuple[int, int, int], fill: Callable[[ND
     temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:  # a full disk shows here, and not as SIGBUS in a mapped page
-            os.posix_fallocate(file.fileno(), 0, 128 + count * int(np.prod(shape)))
         store = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, *shape))
+        if hasattr(os, "posix_fallocate"):  # a full disk shows here, and not as SIGBUS in a page of a sparse file
+            with temporary.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         fill(store)
         store.flush()
         temporary.replace(path)
@@ -129,17 +151,24 @@ def _build(key: str, count: int, shape: tuple[int, int, int], fill: Callable[[ND
             temporary.unlink()
 
 
-def _open_array(path: Path, shape: tuple[int, int, int], data: DataConfig) -> Dataset:
+def _in_parallel(what: str, work: Callable[[int], Result], count: int, progress: bool) -> list[Result]:
+    """Return work(0) .. work(count - 1)."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as workers:
+        # Filters belong to the process: without this one around all threads, a thread that restores its own would
+        # let another's decompression bomb through. Its pattern keeps `decode`'s filter from replacing it.
+        warnings.filterwarnings("error", message=".*", category=Image.DecompressionBombWarning)
+        return list(tqdm(workers.map(work, range(count)), total=count, unit="image", desc=what, disable=not progress))
+
+
+def _open_array(path: Path, shape: tuple[int, int, int], data: DataConfig, progress: bool) -> Dataset:
     images = read_array(path, data.float_range)
-    if images.shape[1:] == shape and path.suffix == ".npy" and images.flags.c_contiguous:
-        key = _digest(repr((shape, STORE_VERSION)).encode(), images.tobytes())
-        return Dataset(images, key, data.data)
-    key = _digest(repr((images.shape, shape, STORE_VERSION)).encode(), images.tobytes())
+    if images.shape[1:] == shape and isinstance(images, np.memmap) and images.flags.c_contiguous:
+        return Dataset(images, _digest(repr((shape, STORE_VERSION)).encode(), images), data.data)
+    key = _digest(repr((images.shape, shape, STORE_VERSION)).encode(), images)
     if _cached(key, len(images), shape) is None:
 
         def fill(store: NDArray[np.uint8]) -> None:
-            for i, image in enumerate(images):
-                store[i] = fit(image, shape)
+            _in_parallel("resizing", lambda i: np.copyto(store[i], fit(images[i], shape)), len(images), progress)
 
         _build(key, len(images), shape, fill)
     return _opened(key, len(images), shape, data.data, ())
@@ -149,40 +178,37 @@ def _opened(key: str, count: int, shape: tuple[int, int, int], source: str, skip
     images = _cached(key, count, shape)
     if images is None:
         raise InputError(f"{cache_directory() / key}.npy cannot be read back: remove it and try again")
-    return Dataset(images, key, source, skipped)
+    return Dataset(images[: count - len(skipped)], key, source, skipped)
 
 
 def _open_folder(path: Path, shape: tuple[int, int, int], data: DataConfig, progress: bool) -> Dataset:
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise InputError(f"--data {path} cannot be read: no permission")
     files = sorted(file for file in path.rglob("*") if is_picture(file) and file.is_file())
     if not files:
         raise InputError(f"--data {path} holds no image: name a folder with PNG, JPEG, WebP or other image files")
-    workers = ThreadPoolExecutor(os.cpu_count())
-    with workers, tqdm(total=len(files), unit="file", desc="reading", disable=not progress) as bar:
-
-        def content(file: Path) -> bytes:
-            bar.update()
-            try:
-                return hashlib.blake2b(file.read_bytes()).digest()
-            except OSError:
-                return b"unreadable"
-
-        digests = list(workers.map(content, files))
-    names = [os.fsencode(file.relative_to(path)) for file in files]
+    digests = _in_parallel("reading", lambda i: _content(files[i]), len(files), progress)
+    names = (os.fsencode(file.relative_to(path)) for file in files)
     key = _digest(repr((shape, STORE_VERSION)).encode(), *names, *digests)
-    # The list of unusable files is part of what was found out by decoding; it is kept beside the store.
-    skipped_file = cache_directory() / f"{key}.skipped"
-    try:
-        skipped = tuple(skipped_file.read_text().splitlines())
-    except OSError:
+    try:  # the list of unusable files, found out by decoding, is kept beside the store
+        skipped = tuple(map(str, json.loads((cache_directory() / f"{key}.skipped").read_text())))
+    except (OSError, ValueError, TypeError):
         skipped = None
-    if skipped is None or _cached(key, len(files) - len(skipped), shape) is None:
-        skipped = _decode_all(path, files, key, shape, progress)
-    if (skipped and not data.skip_bad) or len(skipped) == len(files):
-        _refuse(path, skipped, len(files))
-    return _opened(key, len(files) - len(skipped), shape, data.data, skipped)
+    if skipped is None or _cached(key, len(files), shape) is None:
+        skipped = _decode_all(path, files, key, shape, data.skip_bad, progress)
+    _refuse_unusable(path, skipped, len(files), data.skip_bad)
+    return _opened(key, len(files), shape, data.data, skipped)
 
 
-def _refuse(path: Path, skipped: tuple[str, ...], total: int) -> None:
+def _content(file: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return hashlib.blake2b(file.read_bytes()).digest()
+    return b"unreadable"
+
+
+def _refuse_unusable(path: Path, skipped: tuple[str, ...], total: int, skip_bad: bool) -> None:
+    if not skipped or (skip_bad and len(skipped) < total):
+        return
     more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
     remedy = "none is left" if len(skipped) == total else "repair or remove them, or leave them out with --skip-bad"
     raise InputError(
@@ -190,43 +216,45 @@ def _refuse(path: Path, skipped: tuple[str, ...], total: int) -> None:
     )
 
 
+def _reason(file: Path, shape: tuple[int, int, int], row: NDArray[np.uint8]) -> str:
+    """Decode a file into a row [H, W, C] of the store; return "", or why it cannot be used."""
+    try:
+        row[:] = fit(decode(file), shape)
+    except Unusable as reason:
+        return str(reason)
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def _decode_all(
-    path: Path, files: list[Path], key: str, shape: tuple[int, int, int], progress: bool
+    path: Path, files: list[Path], key: str, shape: tuple[int, int, int], skip_bad: bool, progress: bool
 ) -> tuple[str, ...]:
-    """Scan every file, then decode the usable ones into the cache; return the unusable ones with their reasons."""
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
+    """Decode every file into the cache, usable ones in front; return the others' reasons. Refusing leaves nothing."""
+    skipped: list[str] = []
 
-        def scan(file: Path) -> str:
-            try:
-                decode(file)
-            except Unusable as reason:
-                return f"{file.relative_to(path)} ({reason})".replace("\n", " ")
-            return ""
+    def fill(store: NDArray[np.uint8]) -> None:
+        reasons = _in_parallel("decoding", lambda i: _reason(files[i], shape, store[i]), len(files), progress)
+        lines = [f"{file.relative_to(path)} ({reason})" for file, reason in zip(files, reasons, strict=True) if reason]
+        # A name may hold line breaks, and bytes that are not text.
+        skipped.extend("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+        _refuse_unusable(path, tuple(skipped), len(files), skip_bad)
+        usable = [i for i, reason in enumerate(reasons) if not reason]
+        for row, source in enumerate(usable if skipped else ()):
+            store[row] = store[source]
+        (cache_directory() / f"{key}.skipped").write_text(json.dumps(skipped))
 
-        scanned = tqdm(workers.map(scan, files), total=len(files), unit="file", desc="scanning", disable=not progress)
-        reasons = list(scanned)
-        usable = [file for file, reason in zip(files, reasons, strict=True) if not reason]
-
-        def fill(store: NDArray[np.uint8]) -> None:
-            def put(i: int) -> None:
-                store[i] = fit(decode(usable[i]), shape)
-
-            numbers = range(len(usable))
-            for _ in tqdm(workers.map(put, numbers), total=len(usable), unit="image", disable=not progress):
-                pass
-
-        skipped = tuple(reason for reason in reasons if reason)
-        if usable:
-            _build(key, len(usable), shape, fill)
-            (cache_directory() / f"{key}.skipped").write_text("".join(f"{line}\n" for line in skipped))
-    return skipped
+    _build(key, len(files), shape, fill)
+    return tuple(skipped)
 
 
 class ExampleOrder:
     """Which image each training example is: every epoch visits all images once, in an order of its own."""
 
     def __init__(self, key: Tensor, count: int) -> None:
-        """Take the seed's key [2] and the number of images M."""
+        """Take the seed's key [2] and the number of images M, at least 1."""
+        if count < 1:
+            raise ValueError(f"an order of {count} images: there must be at least 1")
         self.key, self.count = key, count
         self._orders: dict[int, Tensor] = {}
 
@@ -247,7 +275,7 @@ class ExampleOrder:
             stop = min(self.count, position + end - example)
             parts.append(self._order(epoch)[position:stop])
             example += stop - position
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.key.device)
 
 
 class BatchSource:
@@ -256,7 +284,9 @@ class BatchSource:
     def __init__(self, dataset: Dataset, key: Tensor, device: torch.device) -> None:
         """Take the data set, the seed's key [2] and where batches are wanted."""
         self.device = device
-        self.store = _as_tensor(dataset.images)
+        with warnings.catch_warnings():  # the store is read-only, and shared without a copy: nobody writes to it
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self.store = torch.from_numpy(dataset.images)
         if device.type == "cuda" and self.store.nbytes * DEVICE_SHARE <= torch.cuda.mem_get_info(device)[0]:
             self.store = self.store.to(device)
         self.order = ExampleOrder(key.to(self.store.device), len(dataset))
@@ -266,10 +296,3 @@ class BatchSource:
         rows = self.store[self.order.indices(first_example, n)].to(self.device)
         numbers = torch.arange(first_example, first_example + n, device=self.device)
         return rows.permute(0, 3, 1, 2), numbers
-
-
-def _as_tensor(images: NDArray[np.uint8]) -> Tensor:
-    """Share a read-only array with PyTorch, which is never going to write to it, without copying."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(images)

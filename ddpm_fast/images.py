@@ -64,8 +64,14 @@ def save_image(path: Path, pixels: Pixels) -> None:
 
 
 def grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
-    """Lay out pixels [N, H, W, C] row by row, near square, enlarged by a whole factor as the eye needs."""
+    """Lay out pixels [N, H, W, C] row by row, near square, enlarged by a whole factor as the eye needs.
+
+    Raises:
+        ValueError: there are no images.
+    """
     count, height, width, channels = pixels.shape
+    if not count:
+        raise ValueError("a grid of no images")
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
     canvas = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, channels), 255, dtype=np.uint8)

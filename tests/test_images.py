@@ -1,12 +1,62 @@
-"""Samples as pictures: pixels by hand, grids at known places, files whole or not at all."""
+"""Pictures in by the stated rule, samples out: pixels by hand, grids at known places, files whole or not at all."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import images
+from ddpm_fast import images, pictures
 from ddpm_fast.config import InputError
+from ddpm_fast.pictures import fit
+
+
+def plain(color, mode: str = "RGB", size: tuple[int, int] = (6, 4)) -> Image.Image:
+    return Image.new(mode, size, color)
+
+
+@pytest.mark.parametrize(
+    ("image", "grey", "rgb"),
+    [
+        (plain(77, "L"), 77, (77, 77, 77)),
+        (plain((255, 0, 0)), 76, (255, 0, 0)),  # ITU-R 601: 0.299 R
+        (plain((0, 0, 0, 0), "RGBA"), 255, (255, 255, 255)),  # transparent: laid over white
+        (plain((0, 0, 0, 128), "RGBA"), 127, (127, 127, 127)),
+        (plain((10, 255), "LA"), 10, (10, 10, 10)),
+        (plain(1, "1"), 255, (255, 255, 255)),
+        (plain((0, 255, 255, 0), "CMYK"), 76, (255, 0, 0)),
+        (Image.fromarray(np.full((4, 6), 0x8080, dtype=np.uint16)), 128, (128, 128, 128)),
+        (Image.fromarray(np.full((4, 6), 0.5, dtype=np.float32)), 128, (128, 128, 128)),
+        (plain((255, 0, 0)).quantize(2), 76, (255, 0, 0)),
+    ],
+    ids=["L", "RGB", "transparent", "half", "LA", "1", "CMYK", "16 bits", "float", "palette"],
+)
+def test_modes_are_converted_by_the_stated_rule(image, grey, rgb):
+    assert np.abs(fit(image, (4, 6, 1)).astype(int) - grey).max() <= 1
+    assert np.abs(fit(image, (4, 6, 3)).astype(int) - rgb).max() <= 1
+    assert fit(image, (4, 6, 4)).shape == (4, 6, 4)
+    assert fit(image, (4, 6, 2)).shape == (4, 6, 2)
+
+
+def test_alpha_is_kept_where_it_is_asked_for():
+    assert fit(plain((1, 2, 3, 4), "RGBA"), (4, 6, 4))[0, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_wide_images_are_centre_cropped():
+    image = plain("black", "L", (18, 4))
+    image.paste(255, (6, 0, 12, 4))
+    assert fit(image, (4, 6, 1)).min() == 255
+
+
+def test_images_are_resized_with_antialiasing():
+    checkers = np.indices((400, 600)).sum(0) % 2 * 255
+    assert np.abs(fit(Image.fromarray(checkers.astype(np.uint8)), (4, 6, 1)).astype(int) - 127).max() <= 2
+
+
+def test_what_is_a_picture():
+    names = ("a.png", "a.JPG", "a.webp", "a.txt", "a")
+    assert [pictures.is_picture(Path(name)) for name in names] == [True, True, True, False, False]
 
 
 def test_normalized_maps_minus_one_to_black_and_one_to_white():
@@ -85,3 +135,8 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         images.save_image(tmp_path / "file" / "a.png", np.zeros((2, 2, 1), dtype=np.uint8))
+
+
+def test_a_grid_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no images"):
+        images.grid(np.zeros((0, 8, 8, 1), dtype=np.uint8))
