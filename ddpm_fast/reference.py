@@ -140,6 +140,10 @@ def group_norm_silu(
         raise ValueError(f"{x.shape[1]} channels do not divide into {groups} groups")
     compute = torch.promote_types(x.dtype, torch.float32)
     h = x.to(compute)
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        # ATen's GroupNorm on a CPU took 1.2 ms (64x8x8) to 5.3 ms (32x16x16) on NHWC where it takes 0.2 ms on NCHW,
+        # for 64 images on 2 cores. In training the copies back and forth cost more than that gains.
+        h = h.contiguous()
     if shift is not None:
         h = h + shift.to(compute)[:, :, None, None]
     h = F.group_norm(h, groups, weight.to(compute), bias.to(compute), eps)
@@ -152,7 +156,8 @@ def group_norm_silu(
         address, shape = NoiseAddress(dropout.key, dropout.sample_index), (x.shape[1], x.shape[2], x.shape[3])
         dropped = words_below(address, dropout.layer, Stream.DROPOUT, shape, drop_threshold(dropout.probability))
         h = torch.where(dropped, 0.0, h / (1 - dropout.probability))
-    return h.to(x.dtype)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return h.to(x.dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 def drop_threshold(probability: float) -> int:
