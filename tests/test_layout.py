@@ -102,10 +102,10 @@ def test_engine_imports_neither_tests_nor_bench_and_never_pickles(path):
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
-def test_kernels_import_torch_triton_and_philox_only(path):
+def test_kernels_import_torch_triton_and_each_other_only(path):
     for name in imported(path):
         standard = name.split(".")[0] in sys.stdlib_module_names
-        assert standard or name.startswith(("torch", "triton", "ddpm_fast.kernels.philox")), name
+        assert standard or name.startswith(("torch", "triton", "ddpm_fast.kernels")), name
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,0 +1,238 @@
+"""noise_mse: m[t] * mean((prediction - c[t] * eps - d[t] * x_start)^2) an image (Ho et al. 2020, Eq. 14).
+
+Layout: prediction NHWC or NCHW, images in either; a program owns a tile of one image (`pixel_tiles`), in prediction's
+order of memory. Arithmetic and sums in float32: a tile's sum, then an image's tiles, both in a fixed order and without
+atomics, so two runs agree bit for bit. Nothing is kept for the backward pass, which makes eps and x_start again.
+Bytes moved: forward reads prediction and images once and writes 4 bytes a tile; backward reads them again and writes
+the gradient once. Not yet timed on a GPU.
+Shapes: N images, C channels, H x W pixels, T timesteps, P tiles of an image.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ddpm_fast.kernels import checks
+from ddpm_fast.kernels.philox import FLIP, TRAINING, first_word, load_key, load_word
+from ddpm_fast.kernels.pixel_tiles import load_column, load_x_start, tile_normals, tile_pixels, tile_places
+
+# The columns of `ddpm_fast.schedule.TrainingTable`, which kernels may not import; a test holds them together.
+COLUMN_C = tl.constexpr(2)
+COLUMN_D = tl.constexpr(3)
+COLUMN_M = tl.constexpr(4)
+COLUMNS = tl.constexpr(5)
+PARTIALS = tl.constexpr(256)  # of an image, added at once
+
+
+@triton.jit
+def tile_difference(
+    prediction_ptr, images_ptr, image, group, first_pixel, sample, flipped, c, d, k0, k1, HW, W,
+    C: tl.constexpr, MIRROR: tl.constexpr, NHWC: tl.constexpr, IMAGES_NHWC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return prediction - target over a tile, 0 outside the image, with the places' offsets and mask."""
+    pixel, channel, offset, real = tile_places(first_pixel, group, HW, C, NHWC, BLOCK)
+    x_start = load_x_start(
+        images_ptr, image, pixel, channel, offset, real, flipped, HW, W, C, IMAGES_NHWC, NHWC, MIRROR
+    )
+    eps = tile_normals(first_pixel, group, sample, 0, TRAINING, k0, k1, C, NHWC, BLOCK)
+    base = image.to(tl.int64) * HW * C
+    prediction = tl.load(prediction_ptr + base + offset, mask=real, other=0.0).to(tl.float32)
+    return tl.where(real, prediction - (c * eps + d * x_start), 0.0), base + offset, real
+
+
+@triton.jit
+def noise_mse_kernel(
+    partial_ptr,  # [N, P] float32: sums of squares
+    prediction_ptr,  # [N, C, H, W], NHWC or NCHW
+    images_ptr,  # [N, C, H, W] uint8 or float, IMAGES_NHWC or NCHW
+    t_ptr,  # [N] int64
+    table_ptr,  # [T, 5] float32
+    key_ptr,  # [2] int64
+    sample_index_ptr,  # [N] int64
+    HW,
+    W,
+    T,
+    tiles,  # P
+    C: tl.constexpr,
+    MIRROR: tl.constexpr,
+    NHWC: tl.constexpr,
+    IMAGES_NHWC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(0) // tiles
+    first_pixel = (tl.program_id(0) % tiles) * BLOCK
+    k0, k1 = load_key(key_ptr)
+    sample = load_word(sample_index_ptr + image)
+    t = tl.load(t_ptr + image)
+    row_ptr = table_ptr + t * COLUMNS
+    inside = (t >= 0) & (t < T)
+    c = load_column(row_ptr, COLUMN_C, inside)
+    d = load_column(row_ptr, COLUMN_D, inside)
+    flipped = first_word(sample, FLIP, k0, k1) >= 0x80000000 if MIRROR else False
+    total = 0.0
+    for group in range((C + 3) // 4):
+        difference, _, _ = tile_difference(
+            prediction_ptr, images_ptr, image, group, first_pixel, sample, flipped, c, d, k0, k1, HW, W,
+            C, MIRROR, NHWC, IMAGES_NHWC, BLOCK,
+        )  # fmt: skip
+        total += tl.sum(difference * difference)
+    tl.store(partial_ptr + tl.program_id(0), total)
+
+
+@triton.jit
+def noise_mse_mean_kernel(
+    loss_ptr,  # [N] float32
+    partial_ptr,  # [N, P] float32
+    t_ptr,  # [N] int64
+    table_ptr,  # [T, 5] float32
+    elements,  # C * H * W
+    T,
+    tiles,  # P
+):
+    image = tl.program_id(0)
+    t = tl.load(t_ptr + image)
+    m = load_column(table_ptr + t * COLUMNS, COLUMN_M, (t >= 0) & (t < T))
+    total = 0.0
+    for first in range(0, tiles, PARTIALS):
+        tile = first + tl.arange(0, PARTIALS)
+        partial = tl.load(partial_ptr + image.to(tl.int64) * tiles + tile, mask=tile < tiles, other=0.0)
+        total += tl.sum(partial)
+    tl.store(loss_ptr + image, m * (total / elements))
+
+
+@triton.jit
+def noise_mse_backward_kernel(
+    grad_prediction_ptr,  # [N, C, H, W], in prediction's dtype and layout
+    grad_ptr,  # [N] float32
+    prediction_ptr,  # [N, C, H, W], NHWC or NCHW
+    images_ptr,  # [N, C, H, W] uint8 or float, IMAGES_NHWC or NCHW
+    t_ptr,  # [N] int64
+    table_ptr,  # [T, 5] float32
+    key_ptr,  # [2] int64
+    sample_index_ptr,  # [N] int64
+    HW,
+    W,
+    elements,  # C * H * W
+    T,
+    tiles,  # P
+    C: tl.constexpr,
+    MIRROR: tl.constexpr,
+    NHWC: tl.constexpr,
+    IMAGES_NHWC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(0) // tiles
+    first_pixel = (tl.program_id(0) % tiles) * BLOCK
+    k0, k1 = load_key(key_ptr)
+    sample = load_word(sample_index_ptr + image)
+    t = tl.load(t_ptr + image)
+    row_ptr = table_ptr + t * COLUMNS
+    inside = (t >= 0) & (t < T)
+    c = load_column(row_ptr, COLUMN_C, inside)
+    d = load_column(row_ptr, COLUMN_D, inside)
+    scale = 2.0 * tl.load(grad_ptr + image) * load_column(row_ptr, COLUMN_M, inside) / elements
+    flipped = first_word(sample, FLIP, k0, k1) >= 0x80000000 if MIRROR else False
+    for group in range((C + 3) // 4):
+        difference, offset, real = tile_difference(
+            prediction_ptr, images_ptr, image, group, first_pixel, sample, flipped, c, d, k0, k1, HW, W,
+            C, MIRROR, NHWC, IMAGES_NHWC, BLOCK,
+        )  # fmt: skip
+        tl.store(grad_prediction_ptr + offset, scale * difference, mask=real)
+
+
+def arguments(
+    prediction: Tensor, images: Tensor, t: Tensor, table: Tensor, key: Tensor, sample_index: Tensor, flip: bool
+) -> dict[str, Any]:
+    """Check what forward and backward share, and return it as the kernels' arguments.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout is not taken.
+    """
+    N, C, H, W = checks.image_shape("prediction", prediction)
+    device = prediction.device
+    checks.check("prediction", prediction, (N, C, H, W), checks.FLOATS, device)
+    checks.check("images", images, (N, C, H, W), (torch.uint8, *checks.FLOATS), device)
+    checks.check_dense("t", t, (N,), (torch.int64,), device)
+    checks.check_dense("table", table, (len(table), COLUMNS.value), (torch.float32,), device)
+    checks.check_address(key, sample_index, N, device)
+    BLOCK, warps = tile_pixels(C, H * W)
+    pointers = {"prediction_ptr": prediction, "images_ptr": images, "t_ptr": t, "table_ptr": table}
+    address = {"key_ptr": key, "sample_index_ptr": sample_index}
+    sizes = {"HW": H * W, "W": W, "T": len(table), "tiles": triton.cdiv(H * W, BLOCK), "C": C, "MIRROR": flip}
+    layouts = {"NHWC": checks.is_nhwc(prediction=prediction), "IMAGES_NHWC": checks.is_nhwc(images=images)}
+    return {**pointers, **address, **sizes, **layouts, "BLOCK": BLOCK, "num_warps": warps}
+
+
+def noise_mse(
+    prediction: Tensor,
+    images: Tensor,
+    t: Tensor,
+    table: Tensor,
+    key: Tensor,
+    sample_index: Tensor,
+    flip: bool = False,
+) -> Tensor:
+    """Compare a prediction with its target, made again; arguments as `ddpm_fast.reference.noise_mse`.
+
+    Returns:
+        [N] float32.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout is not taken. A t outside the table gives NaN.
+    """
+    shared = arguments(prediction, images, t, table, key, sample_index, flip)
+    N, C, H, W = prediction.shape
+    tiles = shared["tiles"]
+    grid = checks.grid("prediction", prediction, N * tiles)
+    loss = torch.empty(N, dtype=torch.float32, device=prediction.device)
+    partial = torch.empty((N, tiles), dtype=torch.float32, device=prediction.device)
+    if N == 0:
+        return loss
+    with torch.cuda.device_of(prediction):
+        noise_mse_kernel[grid](partial_ptr=partial, **shared)
+        noise_mse_mean_kernel[(N,)](
+            loss_ptr=loss,
+            partial_ptr=partial,
+            t_ptr=t,
+            table_ptr=table,
+            elements=C * H * W,
+            T=len(table),
+            tiles=tiles,
+            num_warps=1,
+        )
+    return loss
+
+
+def noise_mse_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    images: Tensor,
+    t: Tensor,
+    table: Tensor,
+    key: Tensor,
+    sample_index: Tensor,
+    flip: bool = False,
+) -> Tensor:
+    """Return the gradient of `noise_mse` by prediction, in prediction's dtype and layout.
+
+    Args:
+        grad: [N] float32, the gradient by each image's loss.
+        prediction, images, t, table, key, sample_index, flip: as in the forward pass.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout is not taken.
+    """
+    shared = arguments(prediction, images, t, table, key, sample_index, flip)
+    N = len(prediction)
+    checks.check_dense("grad", grad, (N,), (torch.float32,), prediction.device)
+    grid = checks.grid("prediction", prediction, N * shared["tiles"])
+    grad_prediction = torch.empty_like(prediction)
+    if N:
+        with torch.cuda.device_of(prediction):
+            noise_mse_backward_kernel[grid](
+                grad_prediction_ptr=grad_prediction, grad_ptr=grad, elements=prediction[0].numel(), **shared
+            )
+    return grad_prediction

@@ -1,0 +1,151 @@
+"""kernels/noise_mse.py, forward and backward, against the float64 reference."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ddpm_fast import reference
+from ddpm_fast.config import DiffusionConfig
+from ddpm_fast.noise import Stream, key_from_seed
+from ddpm_fast.schedule import TrainingTable, training_table
+
+pytest.importorskip("triton")
+from ddpm_fast.kernels import noise_mse as module
+from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_backward
+
+# v-prediction and min-SNR: all of c, d and m matter.
+TABLE = training_table(DiffusionConfig(prediction="v"), 5.0, torch.float64)
+LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
+
+
+def make(shape, device, dtype=torch.float32, last=False, images_last=False):
+    N = shape[0]
+    generator = torch.Generator().manual_seed(sum(shape))
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    prediction = torch.randn(shape, generator=generator).to(device, dtype).to(memory_format=LAYOUTS[last])
+    t = torch.tensor([0, 999, 500, 1, 250], device=device)[:N]
+    index = torch.tensor([3, 2**32 - 1, 2**33 + 7, 0, 11], device=device)[:N]
+    key = key_from_seed(2**40 + 5, device)
+    return prediction, images.to(device).to(memory_format=LAYOUTS[images_last]), t, key, index
+
+
+def derive(prediction, images, t, table, key, index, flip, noise_and_error):
+    """Return how far the kernel's loss [N] and gradient [N, C, H, W] may lie from the truth, for a grad of 1.
+
+    To first order in u = 2**-24, half of float32's eps. A difference D = prediction - (c*eps + d*x_start) is off by
+        delta = |c|*E + u*(3*|c*eps| + 5*|d*x_start| + |D|)
+    where E is the error of the kernel's normals; c, its product and the sum are rounded; so are d, its product and the
+    sum, and 1/127.5 and its product; and so is the difference. A square is off by 2*|D|*delta + u*D^2. In the sum over
+    tiles no number passes more than 64 additions at these shapes, 16 of a thread at most, the rest over threads, tiles
+    and groups of channels. m, the number of elements, the quotient (2 ulp on a GPU) and the product cost 8 roundings.
+    """
+    u = 2.0**-24
+    _, _, c, d, m = (column.view(-1, 1, 1, 1) for column in table[t].unbind(1))
+    unchanged = torch.tensor([[1.0, 0, 0, 0, 0]], dtype=torch.float64, device=t.device)
+    x_start = reference.q_sample(images, torch.zeros_like(t), unchanged, key, index, flip, torch.float64)
+    eps, error = noise_and_error(key, index, 0, Stream.TRAINING, images.shape)
+    difference = prediction.double() - (c * eps + d * x_start)
+    delta = c.abs() * error + u * (3 * (c * eps).abs() + 5 * (d * x_start).abs() + difference.abs())
+    squares = 2 * difference.abs() * delta + (1 + 64 + 8) * u * difference.square()
+    loss = m.flatten() * squares.mean((1, 2, 3))
+    return loss, 2 * m * (delta + 8 * u * difference.abs()) / images[:1].numel()
+
+
+def compare(shape, device, assert_within, noise_and_error, *, dtype, last, images_last, flip):
+    prediction, images, t, key, index = make(shape, device, dtype, last, images_last)
+    table = TABLE.to(device)
+    grad = torch.linspace(-1, 2, shape[0], device=device)
+    found = noise_mse(prediction, images, t, table.float(), key, index, flip)
+    gradient = noise_mse_backward(grad, prediction, images, t, table.float(), key, index, flip)
+    leaves = prediction.detach().clone().requires_grad_(), prediction.double().requires_grad_()
+    plain = reference.noise_mse(leaves[0], images, t, table.float(), key, index, flip)
+    truth = reference.noise_mse(leaves[1], images, t, table, key, index, flip)
+    (plain_gradient,) = torch.autograd.grad(plain, leaves[0], grad)
+    (true_gradient,) = torch.autograd.grad(truth, leaves[1], grad.double())
+    bound, gradient_bound = derive(prediction, images, t, table, key, index, flip, noise_and_error)
+    assert ((found.double() - truth).abs() <= bound).all()
+    assert found.dtype == torch.float32
+    largest = (grad.view(-1, 1, 1, 1) * gradient_bound).abs().max().item() if shape[0] else 0.0
+    assert_within(gradient, plain_gradient, true_gradient, largest)
+    assert gradient.stride() == prediction.stride()
+
+
+SHAPES = [(1, 1, 1, 1), (3, 1, 8, 8), (2, 3, 31, 77), (2, 4, 27, 19), (2, 5, 7, 5), (0, 3, 8, 8)]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("images_last", [False, True])
+def test_loss_and_gradient_equal_the_reference(shape, last, images_last, device, assert_within, noise_and_error):
+    options = {"dtype": torch.float32, "flip": True}
+    compare(shape, device, assert_within, noise_and_error, last=last, images_last=images_last, **options)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("flip", [False, True])
+def test_dtypes_and_flips(dtype, flip, device, assert_within, noise_and_error):
+    compare((5, 3, 5, 7), device, assert_within, noise_and_error, dtype=dtype, last=True, images_last=False, flip=flip)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12)),
+    last=st.booleans(),
+    images_last=st.booleans(),
+    flip=st.booleans(),
+)
+def test_any_shape(shape, last, images_last, flip, device, assert_within, noise_and_error):
+    compare(
+        shape,
+        device,
+        assert_within,
+        noise_and_error,
+        dtype=torch.float32,
+        last=last,
+        images_last=images_last,
+        flip=flip,
+    )
+
+
+def test_two_runs_agree_bit_for_bit(device):
+    prediction, images, t, key, index = make((2, 3, 31, 77), device)
+    runs = [noise_mse(prediction, images, t, TABLE.float().to(device), key, index) for _ in range(2)]
+    assert torch.equal(runs[0], runs[1])
+
+
+def test_a_t_outside_the_table_gives_nan(device):
+    prediction, images, _, key, index = make((2, 3, 4, 4), device)
+    t = torch.tensor([-1, 1000], device=device)
+    assert noise_mse(prediction, images, t, TABLE.float().to(device), key, index).isnan().all()
+
+
+BAD = {
+    "prediction has strides": {"prediction": torch.zeros(2, 3, 8, 16)[..., ::2]},
+    "prediction is torch.float64": {"prediction": torch.zeros(2, 3, 8, 8, dtype=torch.float64)},
+    "images has shape": {"images": torch.zeros(2, 3, 8, 7)},
+    "images is torch.int32": {"images": torch.zeros(2, 3, 8, 8, dtype=torch.int32)},
+    "t is torch.int32": {"t": torch.zeros(2, dtype=torch.int32)},
+    "table is torch.float64": {"table": TABLE},
+    "key has shape": {"key": torch.zeros(3, dtype=torch.int64)},
+    "sample_index has shape": {"sample_index": torch.zeros(1, dtype=torch.int64)},
+    "grad has shape": {"grad": torch.zeros(3)},
+    "images is on meta": {"images": torch.zeros(2, 3, 8, 8, device="meta")},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message):
+    prediction, images, t, key, index = make((2, 3, 8, 8), "cpu")
+    good = {"prediction": prediction, "images": images, "t": t, "table": TABLE.float()}
+    arguments = {"grad": torch.ones(2), **good, "key": key, "sample_index": index, **BAD[message]}
+    with pytest.raises(ValueError, match=message):
+        noise_mse_backward(**arguments, flip=False)
+
+
+def test_columns_are_those_of_the_table():
+    columns = module.COLUMN_C.value, module.COLUMN_D.value, module.COLUMN_M.value
+    assert columns == tuple(map(TrainingTable._fields.index, "cdm"))
+    assert module.COLUMNS.value == len(TrainingTable._fields)
