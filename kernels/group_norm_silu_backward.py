@@ -1,0 +1,298 @@
+"""group_norm_silu_backward: the gradients of `group_norm_silu`.
+
+With u = x + shift - mean, slope = rstd * weight * (1 + scale), b = u * slope + bias * (1 + scale) + offset,
+s = sigmoid(b) and M = H * W * D elements a group:
+
+    db = dy * s * (1 + b * (1 - s))                 after dropout, made again from its address
+    per image and channel, sums over pixels         A = sum db    B = sum db * u    U = sum u
+    per image and group, sums over channels         c1 = sum slope * A / M    c2 = rstd^2 * sum slope * B / M
+    dx = db * slope - c1 - u * c2                   dshift = slope * A - H * W * c1 - U * c2
+    dscale = weight * rstd * B + bias * A           doffset = A
+    dweight = sum over images (1 + scale) * rstd * B    dbias = sum over images (1 + scale) * A
+
+Layout and division of the work: see `group_norm_tiles`; a split gathers A, B and U of slices, [N, S, 3, C]. Arithmetic
+in float32. Kept from the forward pass: x, mean and rstd, nothing of y. The sums over images are taken from [N, 2, C]
+float32 by a last small kernel. No atomics, every order fixed: two runs agree bit for bit.
+Bytes moved, of 2 or 4 an element: 3 elements' worth (one tile, loop) or 5 (split). Not yet timed on a GPU.
+
+Shapes: N image, C channel, H x W pixels, G group, D = C / G channels a group, S slice of pixels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ddpm_fast.kernels import checks
+from ddpm_fast.kernels.group_norm_tiles import (
+    Dropout,
+    Plan,
+    affine,
+    by_channel,
+    by_group,
+    channel_block,
+    check_inputs,
+    drop,
+    dropout_arguments,
+    load_tile,
+    locate,
+    per_channel_or,
+    plan,
+    sizes,
+    store_tile,
+)
+
+PARAMETER_BLOCK = tl.constexpr(32)  # channels and images at a time
+
+
+@triton.jit
+def load_gradient(
+    x, dy, start, pixels, first_pixel, channel, real, normal, noise,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, POLICY: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Return u and db [BLOCK_P, BLOCK_C], zero outside, and the mask.
+
+    normal: of each channel [BLOCK_C] the mean less the shift, slope and offset: b = (x - mean) * slope + offset.
+    """
+    mean, slope, offset = normal
+    h, mask = load_tile(x, start, pixels, channel, real, C, BLOCK_P, POLICY)
+    db, mask = load_tile(dy, start, pixels, channel, real, C, BLOCK_P, POLICY)
+    u = tl.where(mask, h - mean[None, :], 0.0)
+    db = drop(db, noise, first_pixel + start)
+    if SILU:
+        b = u * slope[None, :] + offset[None, :]
+        s = tl.sigmoid(b)
+        db = db * (s * (1.0 + b * (1.0 - s)))
+    return u, db, mask
+
+
+@triton.jit
+def normal_of(mean, rstd, weight, bias, shift, scale_shift, image, where, C: tl.constexpr, G: tl.constexpr):
+    """Return rstd [BLOCK_C], and what `load_gradient` calls normal."""
+    channel, real, group, real_group, member = where
+    w, b, scale, offset = affine(weight, bias, scale_shift, image, channel, real, C)
+    mean_c = by_channel(tl.load(mean + image * G + group, mask=real_group, other=0.0), member)
+    rstd_c = by_channel(tl.load(rstd + image * G + group, mask=real_group, other=0.0), member)
+    mean_c -= per_channel_or(shift, image, channel, real, C, 0.0)
+    return rstd_c, (mean_c, rstd_c * w * scale, b * scale + offset)
+
+
+@triton.jit
+def slice_sums(
+    x, dy, pixels, first_pixel, channel, real, normal, noise,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, ONE: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Return the slice's first tile of u and db with its mask, and A, B and U [BLOCK_C]."""
+    u, db, mask = load_gradient(
+        x, dy, 0, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, "evict_last", SILU
+    )
+    a, b, total = db, db * u, u
+    if not ONE:
+        for start in range(BLOCK_P, pixels, BLOCK_P):
+            next_u, next_db, _ = load_gradient(
+                x, dy, start, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, "evict_last", SILU
+            )
+            a += next_db
+            b += next_db * next_u
+            total += next_u
+    return u, db, mask, tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def sums_kernel(
+    x,  # [N, H, W, C]
+    dy,  # [N, H, W, C]
+    mean,  # [N, G] float32
+    rstd,  # [N, G] float32
+    weight,  # [C]
+    bias,  # [C]
+    shift,  # [N, C] or None
+    scale_shift,  # [N, 2, C] or None
+    key,  # [2] int64 words or None: no dropout
+    sample_index,  # [N] int64
+    partials,  # [N, S, 3, C] float32: A, B, U of a slice
+    HW,
+    slice_pixels,
+    layer,
+    C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    SILU: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
+):  # fmt: skip
+    image, index, block = locate(SLICES, BLOCKS, False)
+    where = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
+    channel, real, _, _, _ = where
+    _, normal = normal_of(mean, rstd, weight, bias, shift, scale_shift, image, where, C, G)
+    noise = (key, sample_index, layer, image, block * (BLOCK_GROUPS * (C // G)), THRESHOLD, KEEP_SCALE)
+    first_pixel = index * slice_pixels
+    pixels = tl.minimum(slice_pixels, HW - first_pixel)
+    start = (image * HW + first_pixel) * C
+    _, _, _, a, b, total = slice_sums(
+        x + start, dy + start, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, False, SILU
+    )
+    row = partials + (image * SLICES + index) * (3 * C) + channel
+    tl.store(row, a, mask=real)
+    tl.store(row + C, b, mask=real)
+    if shift is not None:
+        tl.store(row + 2 * C, total, mask=real)
+
+
+@triton.jit
+def sum_slices(partials, image, channel, real, C: tl.constexpr, SLICES: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Sum one of A, B, U over the slices: [BLOCK_C]."""
+    index = tl.arange(0, BLOCK_S)
+    row = partials + image * (SLICES * 3 * C) + (index * (3 * C))[:, None] + channel[None, :]
+    return tl.sum(tl.load(row, mask=(index < SLICES)[:, None] & real[None, :], other=0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def input_gradient_kernel(
+    x,  # [N, H, W, C]
+    dy,  # [N, H, W, C]
+    mean,  # [N, G] float32
+    rstd,  # [N, G] float32
+    weight,  # [C]
+    bias,  # [C]
+    shift,  # [N, C] or None
+    scale_shift,  # [N, 2, C] or None
+    key,  # [2] int64 words or None: no dropout
+    sample_index,  # [N] int64
+    partials,  # [N, S, 3, C] float32, read where SLICES > 1
+    dx,  # [N, H, W, C]
+    dshift,  # [N, C] or None
+    dscale_shift,  # [N, 2, C] or None
+    parameter_sums,  # [N, 2, C] float32: an image's part of dweight and dbias
+    HW,
+    slice_pixels,
+    layer,
+    C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, ONE: tl.constexpr,
+    SILU: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
+):  # fmt: skip
+    image, index, block = locate(SLICES, BLOCKS, SLICES > 1)
+    where = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
+    channel, real, _, _, member = where
+    rstd_c, normal = normal_of(mean, rstd, weight, bias, shift, scale_shift, image, where, C, G)
+    _, slope, _ = normal
+    noise = (key, sample_index, layer, image, block * (BLOCK_GROUPS * (C // G)), THRESHOLD, KEEP_SCALE)
+    first_pixel = index * slice_pixels
+    pixels = tl.minimum(slice_pixels, HW - first_pixel)
+    start_of_slice = (image * HW + first_pixel) * C
+    x += start_of_slice
+    dy += start_of_slice
+    dx += start_of_slice
+    if SLICES > 1:
+        a = sum_slices(partials, image, channel, real, C, SLICES, BLOCK_S)
+        b = sum_slices(partials + C, image, channel, real, C, SLICES, BLOCK_S)
+    else:
+        u, db, mask, a, b, total = slice_sums(
+            x, dy, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, ONE, SILU
+        )
+    members = HW * (1.0 * (C // G))
+    c1 = by_channel(by_group(slope * a, member) / members, member)
+    c2 = by_channel(by_group(slope * b, member) / members, member) * (rstd_c * rstd_c)
+
+    if ONE:
+        value = db * slope[None, :] - c1[None, :] - u * c2[None, :]
+        store_tile(dx, 0, value, mask, channel, C, BLOCK_P)
+    else:
+        for start in range(0, pixels, BLOCK_P):
+            next_u, next_db, inside = load_gradient(
+                x, dy, start, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, "evict_first", SILU
+            )
+            value = next_db * slope[None, :] - c1[None, :] - next_u * c2[None, :]
+            store_tile(dx, start, value, inside, channel, C, BLOCK_P)
+
+    if index == 0:
+        if dshift is not None:
+            if SLICES > 1:
+                total = sum_slices(partials + 2 * C, image, channel, real, C, SLICES, BLOCK_S)
+            tl.store(dshift + image * C + channel, slope * a - HW * c1 - total * c2, mask=real)
+        w, bias_c, scale, _ = affine(weight, bias, scale_shift, image, channel, real, C)
+        b *= rstd_c
+        tl.store(parameter_sums + 2 * image * C + channel, scale * b, mask=real)
+        tl.store(parameter_sums + (2 * image + 1) * C + channel, scale * a, mask=real)
+        if dscale_shift is not None:
+            tl.store(dscale_shift + 2 * image * C + channel, w * b + bias_c * a, mask=real)
+            tl.store(dscale_shift + (2 * image + 1) * C + channel, a, mask=real)
+
+
+@triton.jit
+def parameter_gradient_kernel(
+    parameter_sums,  # [N, 2, C] float32
+    dweight,  # [C]
+    dbias,  # [C]
+    N,
+    C: tl.constexpr,
+):
+    channel = tl.program_id(0) * PARAMETER_BLOCK + tl.arange(0, PARAMETER_BLOCK)
+    index = tl.arange(0, PARAMETER_BLOCK)
+    weight_sum = tl.zeros([PARAMETER_BLOCK, PARAMETER_BLOCK], tl.float32)
+    bias_sum = tl.zeros([PARAMETER_BLOCK, PARAMETER_BLOCK], tl.float32)
+    for first in range(0, N, PARAMETER_BLOCK):
+        image = first + index
+        mask = (image < N)[:, None] & (channel < C)[None, :]
+        row = parameter_sums + (image.to(tl.int64) * (2 * C))[:, None] + channel[None, :]
+        weight_sum += tl.load(row, mask=mask, other=0.0)
+        bias_sum += tl.load(row + C, mask=mask, other=0.0)
+    tl.store(dweight + channel, tl.sum(weight_sum, axis=0), mask=channel < C)
+    tl.store(dbias + channel, tl.sum(bias_sum, axis=0), mask=channel < C)
+
+
+def group_norm_silu_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    shift: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    silu: bool = True,
+    dropout: Dropout | None = None,
+    chosen: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Compute the gradients of `group_norm_silu`.
+
+    Args:
+        dy: [N, C, H, W], the loss's gradient by y; x's dtype, channels_last.
+        mean, rstd: [N, G] float32, from the forward pass.
+        x, weight, bias, groups, shift, scale_shift, silu, dropout, chosen: as in the forward pass.
+
+    Returns:
+        dx, dweight, dbias, dshift and dscale_shift, each like what it belongs to; None for what was not given.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    N, C, HW = check_inputs(x, weight, bias, groups, shift, scale_shift, dropout)
+    checks.check("dy", dy, tuple(x.shape), (x.dtype,), x.device)
+    checks.check_nhwc(dy=dy)
+    checks.check_dense("mean", mean, (N, groups), (torch.float32,), x.device)
+    checks.check_dense("rstd", rstd, (N, groups), (torch.float32,), x.device)
+    random = dropout_arguments(dropout)
+    chosen = chosen or plan(HW, C, groups, x.element_size(), 2, random["key"] is not None)
+    shared = sizes(chosen, C, groups) | random
+    grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
+    shared |= {"x": x, "dy": dy, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
+    shared |= {"shift": shift, "scale_shift": scale_shift, "partials": None, "SILU": silu}
+    shared |= {"HW": HW, "slice_pixels": chosen.slice_pixels, "num_warps": chosen.num_warps}
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    dshift = None if shift is None else torch.empty_like(shift)
+    dscale_shift = None if scale_shift is None else torch.empty_like(scale_shift)
+    parameter_sums = x.new_empty(N, 2, C, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        if N and chosen.slices > 1:
+            shared["partials"] = x.new_empty(N, chosen.slices, 3, C, dtype=torch.float32)
+            sums_kernel[grid](**shared)
+        if N:
+            shared |= {"BLOCK_S": triton.next_power_of_2(chosen.slices), "ONE": chosen.one_tile}
+            input_gradient_kernel[grid](
+                dx=dx, dshift=dshift, dscale_shift=dscale_shift, parameter_sums=parameter_sums, **shared
+            )
+        parameter_gradient_kernel[(triton.cdiv(C, PARAMETER_BLOCK.value),)](
+            parameter_sums=parameter_sums, dweight=dweight, dbias=dbias, N=N, C=C
+        )
+    return dx, dweight, dbias, dshift, dscale_shift

@@ -1,0 +1,243 @@
+"""How `group_norm_silu`'s work is divided over programs, and the device functions that both passes share.
+
+A program owns whole groups of one image: enough of them that a pixel's row of them is a multiple of 16 bytes and at
+least 32 long (12 channels a group are taken in pairs: 24 of 32 lanes). `plan` chooses between
+  one tile   the block fits in registers: everything is read once and written once;
+  loop       it fits in L2 (128 KiB a program): read once from memory and once more from L1 or L2;
+  split      it does not: one kernel gathers sums over slices of pixels, a second combines them in a fixed order and
+             writes, backwards, so that it starts on what L2 still holds: everything is read twice.
+
+Layout: tensors of images [N, C, H, W] in channels_last memory, i.e. rows of C channels, one a pixel. Offsets within an
+image are 32 bits, which `checks.image_shape` makes sure of; an image's own offset is 64 bits.
+Shapes: N image, C channel, H x W pixels, G group, D = C / G channels a group, S slice of pixels.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ddpm_fast.kernels import checks
+from ddpm_fast.kernels.philox import DROPOUT, GROUP, load_key, load_word, philox4x32
+
+REGISTER_TILE = 16384  # elements of all inputs together that a program keeps in registers, 64 a thread
+LOOP_TILE = 4096  # elements of all inputs together, at a time, of a program that loops: 16 a thread
+LOOP_BYTES = 128 * 1024  # what a program may read twice: four a multiprocessor then still fit in an H100's 50 MB of L2
+SLICE_BYTES = 32 * 1024
+ROW_BYTES = (32, 64)  # of a pixel's row in a block: at least a memory sector, and two where there is room
+LARGEST_ROW = 16384  # channels of a block: one pixel of them must fit in registers
+
+
+@triton.jit
+def locate(SLICES: tl.constexpr, BLOCKS: tl.constexpr, REVERSE: tl.constexpr):
+    """Return this program's image (64 bits), slice and block of channels; channels vary fastest."""
+    program = tl.program_id(0)
+    if REVERSE:
+        program = tl.num_programs(0) - 1 - program
+    row = program // BLOCKS
+    return (row // SLICES).to(tl.int64), row % SLICES, program % BLOCKS
+
+
+@triton.jit
+def channel_block(
+    block,
+    C: tl.constexpr, G: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Return channel and whether it is real [BLOCK_C], group and whether real [BLOCK_G], members [BLOCK_G, BLOCK_C]."""
+    D: tl.constexpr = C // G
+    lane, member_of = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_G)
+    channel, group = block * (BLOCK_GROUPS * D) + lane, block * BLOCK_GROUPS + member_of
+    real, real_group = (lane < BLOCK_GROUPS * D) & (channel < C), (member_of < BLOCK_GROUPS) & (group < G)
+    return channel, real, group, real_group, (lane // D)[None, :] == member_of[:, None]
+
+
+@triton.jit
+def by_group(per_channel, member):
+    """Sum [BLOCK_C] over the members of each group: [BLOCK_G]."""
+    return tl.sum(tl.where(member, per_channel[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def by_channel(per_group, member):
+    """Hand each channel its group's value: [BLOCK_G] -> [BLOCK_C]; exact, as one term is not zero."""
+    return tl.sum(tl.where(member, per_group[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def per_channel_or(pointer, image, channel, real, C: tl.constexpr, default: tl.constexpr):
+    """Load [BLOCK_C] float32 from [N, C], or return the default where there is no such input."""
+    value = tl.full([channel.shape[0]], default, tl.float32)
+    if pointer is not None:
+        value = tl.load(pointer + image * C + channel, mask=real, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def affine(weight, bias, scale_shift, image, channel, real, C: tl.constexpr):
+    """Return weight, bias, 1 + scale and offset [BLOCK_C] float32."""
+    w = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
+    scale = 1.0 + per_channel_or(scale_shift, 2 * image, channel, real, C, 0.0)
+    offset = per_channel_or(scale_shift, 2 * image + 1, channel, real, C, 0.0)
+    return w, b, scale, offset
+
+
+@triton.jit
+def load_tile(base, start, pixels, channel, real, C: tl.constexpr, BLOCK_P: tl.constexpr, POLICY: tl.constexpr):
+    """Load [BLOCK_P, BLOCK_C] float32 from pixel `start` of a slice of so many pixels, zero outside, and the mask."""
+    row = tl.arange(0, BLOCK_P)
+    mask = (row < pixels - start)[:, None] & real[None, :]
+    offsets = row[:, None] * C + channel[None, :]
+    tile = tl.load(base + start * C + offsets, mask=mask, other=0.0, eviction_policy=POLICY)
+    return tile.to(tl.float32), mask
+
+
+@triton.jit
+def store_tile(base, start, value, mask, channel, C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Store [BLOCK_P, BLOCK_C] at pixel `start` of a slice."""
+    offsets = tl.arange(0, BLOCK_P)[:, None] * C + channel[None, :]
+    tl.store(base + start * C + offsets, value, mask=mask)
+
+
+@triton.jit
+def drop(value, noise, first_pixel):
+    """Drop from [BLOCK_P, BLOCK_C], if there is a key, what its word says, and scale what is kept.
+
+    One Philox call serves four neighbouring channels.
+    noise: key, sample_index, layer, image, first channel, which divides by 4, threshold and scale.
+    """
+    key, sample_index, layer, image, first_channel, THRESHOLD, KEEP_SCALE = noise
+    if key is not None:
+        BLOCK_P: tl.constexpr = value.shape[0]
+        BLOCK_C: tl.constexpr = value.shape[1]
+        k0, k1 = load_key(key)
+        pixel = (first_pixel + tl.arange(0, BLOCK_P))[:, None]
+        quad = (first_channel // 4 + tl.arange(0, BLOCK_C // 4))[None, :]
+        w0, w1, w2, w3 = philox4x32(pixel, load_word(sample_index + image), layer, quad * GROUP + DROPOUT, k0, k1)
+        threshold = tl.full([1, 1], THRESHOLD, tl.uint32)
+        even, odd = tl.join(w0 >= threshold, w2 >= threshold), tl.join(w1 >= threshold, w3 >= threshold)
+        kept = tl.reshape(tl.join(even, odd), [BLOCK_P, BLOCK_C])
+        value = tl.where(kept, value * KEEP_SCALE, 0.0)
+    return value
+
+
+class Plan(NamedTuple):
+    """How one launch divides the work: see the top of this file."""
+
+    groups: int  # whole groups a program owns
+    block_channels: int  # their channels, up to a power of two
+    block_pixels: int  # pixels in registers at a time
+    slices: int  # programs that share an image's groups
+    slice_pixels: int
+    num_warps: int
+
+    @property
+    def one_tile(self) -> bool:
+        """Whether a program holds all its pixels in registers."""
+        return self.slices == 1 and self.slice_pixels <= self.block_pixels
+
+
+def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1, dropout: bool = False) -> Plan:
+    """Choose one tile, loop or split by size alone, so that one shape always takes one path.
+
+    Args:
+        pixels, channels, groups: H * W, C and G.
+        itemsize: bytes an element.
+        inputs: tensors read: 1 forward, 2 backward.
+        dropout: whether there is any; its words need registers, so that a thread then keeps only 32 elements.
+
+    Raises:
+        ValueError: groups are too wide.
+    """
+    size, vector = channels // groups, 16 // itemsize
+    blocked = next((b for b in range(1, groups + 1) if b * size % vector == 0), groups)
+    while 2 * blocked <= groups and blocked * size * itemsize < ROW_BYTES[0]:
+        blocked *= 2
+
+    def block_channels(blocked: int) -> int:
+        return max(4, triton.next_power_of_2(blocked * size))
+
+    def tile(blocked: int) -> int:
+        return triton.next_power_of_2(pixels) * block_channels(blocked) * inputs
+
+    def may_double(blocked: int) -> bool:
+        return 2 * blocked <= groups and 2 * blocked * size * itemsize <= ROW_BYTES[1]
+
+    if block_channels(blocked) > LARGEST_ROW:
+        raise ValueError(
+            f"groups is {groups}: it takes enough of them that {blocked} have at most {LARGEST_ROW} channels"
+        )
+    if tile(blocked) <= REGISTER_TILE:
+        while may_double(blocked) and tile(2 * blocked) <= REGISTER_TILE:
+            blocked *= 2
+        block_pixels, slice_pixels = triton.next_power_of_2(pixels), pixels
+        num_warps = min(16, max(1, tile(blocked) // (1024 if dropout else 2048)))
+    else:
+        data = pixels * blocked * size * itemsize * inputs
+        while data > LOOP_BYTES and may_double(blocked):
+            blocked *= 2
+            data *= 2
+        block_pixels = max(1, LOOP_TILE // inputs // block_channels(blocked))
+        slices = 1 if data <= LOOP_BYTES else min(64, triton.cdiv(data, SLICE_BYTES))
+        slice_pixels = triton.cdiv(triton.cdiv(pixels, slices), block_pixels) * block_pixels
+        num_warps = 8
+    slices = triton.cdiv(pixels, slice_pixels)
+    return Plan(blocked, block_channels(blocked), block_pixels, slices, slice_pixels, num_warps)
+
+
+def sizes(chosen: Plan, channels: int, groups: int) -> dict[str, Any]:
+    """Return the compile-time sizes that all these kernels share."""
+    assert chosen.groups * (channels // groups) % 4 == 0 or chosen.groups >= groups, "a block starts within four words"
+    return {
+        "C": channels,
+        "G": groups,
+        "SLICES": chosen.slices,
+        "BLOCKS": triton.cdiv(groups, chosen.groups),
+        "BLOCK_GROUPS": chosen.groups,
+        "BLOCK_G": triton.next_power_of_2(chosen.groups),
+        "BLOCK_C": chosen.block_channels,
+        "BLOCK_P": chosen.block_pixels,
+    }
+
+
+Dropout = tuple[float, Tensor, Tensor, int]
+"""probability, key [2] int64, sample_index [N] int64, layer: the fields of `reference.Dropout`."""
+
+
+def check_inputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    shift: Tensor | None,
+    scale_shift: Tensor | None,
+    dropout: Dropout | None,
+) -> tuple[int, int, int]:
+    """Return N, C and H * W, or raise ValueError, naming the argument, for what the kernels cannot take."""
+    N, C, H, W = checks.image_shape("x", x)
+    checks.check("x", x, (N, C, H, W), checks.FLOATS, x.device)
+    checks.check_nhwc(x=x)
+    if groups < 1 or C % groups:
+        raise ValueError(f"groups is {groups}: it takes a divisor of {C} channels")
+    checks.check_dense("weight", weight, (C,), checks.FLOATS, x.device)
+    checks.check_dense("bias", bias, (C,), checks.FLOATS, x.device)
+    if shift is not None:
+        checks.check_dense("shift", shift, (N, C), checks.FLOATS, x.device)
+    if scale_shift is not None:
+        checks.check_dense("scale_shift", scale_shift, (N, 2 * C), checks.FLOATS, x.device)
+    if dropout is not None:
+        probability, key, sample_index, _ = dropout
+        if not 0 <= probability < 1:
+            raise ValueError(f"dropout's probability is {probability}: it takes one in [0, 1)")
+        checks.check_address(key, sample_index, N, x.device)
+    return N, C, H * W
+
+
+def dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:
+    """Return dropout as the kernels take it: a word below THRESHOLD drops its activation."""
+    probability, key, sample_index, layer = dropout or (0.0, None, None, 0)
+    if probability == 0:
+        key = sample_index = None
+    threshold, scale = int(probability * 2**32), 1 / (1 - probability)
+    return {"key": key, "sample_index": sample_index, "layer": layer, "THRESHOLD": threshold, "KEEP_SCALE": scale}

@@ -1,0 +1,95 @@
+"""kernels/group_norm_tiles.py: how the work is divided, and what both passes refuse.
+
+Shapes: N image, C channel, H x W pixels, G group.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from ddpm_fast.kernels.group_norm_silu import group_norm_silu
+from ddpm_fast.kernels.group_norm_silu_backward import group_norm_silu_backward
+from ddpm_fast.kernels.group_norm_tiles import plan
+
+
+@pytest.mark.parametrize(("pixels", "inputs"), [(4096, 1), (256, 2)])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("channels", [3, 32, 96, 128, 384, 512, 1024])
+def test_plan_covers_everything_in_aligned_rows(channels: int, itemsize: int, pixels: int, inputs: int) -> None:
+    groups = 3 if channels == 3 else 32
+    for chosen in (plan(n, channels, groups, itemsize, inputs) for n in (1, 31, pixels, 65536, 65537)):
+        width = chosen.groups * (channels // groups)
+        assert channels == 3 or width * itemsize % 16 == 0
+        assert width <= chosen.block_channels
+        assert chosen.groups <= groups
+
+
+def test_plan_takes_each_path() -> None:
+    """CIFAR's largest maps stay in registers, or in L2 with 24 channels of 32 lanes; a 256 x 256 image is split."""
+    assert plan(1024, 128, 32, 2).one_tile
+    assert plan(1024, 384, 32, 2).slices == 1
+    assert not plan(1024, 384, 32, 2).one_tile
+    assert plan(65536, 128, 32, 2).slices == 64
+
+
+def good(device: str) -> dict[str, Any]:
+    """Return arguments that the kernel takes."""
+    x = torch.zeros(2, 4, 4, 32, device=device).permute(0, 3, 1, 2)
+    return {"x": x, "weight": torch.ones(32, device=device), "bias": torch.zeros(32, device=device), "groups": 8}
+
+
+def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Move what is to be wrong in one way only to the device."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+        for name, value in arguments.items()
+    }
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "x has shape": {"x": torch.zeros(2, 32, 4)},
+    "x has shape .*in 1..": {"x": torch.zeros(2, 32, 0, 4)},
+    "x has strides": {"x": torch.zeros(2, 32, 4, 4)},
+    "x is torch.float64": {"x": torch.zeros(2, 4, 4, 32, dtype=torch.float64).permute(0, 3, 1, 2)},
+    "groups is 5": {"groups": 5},
+    "groups is 0": {"groups": 0},
+    "groups is 1": {
+        "x": torch.zeros(1, 32768, 1, 1),
+        "weight": torch.ones(32768),
+        "bias": torch.ones(32768),
+        "groups": 1,
+    },
+    "weight has shape": {"weight": torch.zeros(31)},
+    "weight is on meta": {"weight": torch.zeros(32, device="meta")},
+    "bias is torch.int64": {"bias": torch.zeros(32, dtype=torch.int64)},
+    "bias has strides": {"bias": torch.zeros(64)[::2]},
+    "shift has shape": {"shift": torch.zeros(2, 64)},
+    "scale_shift has shape": {"scale_shift": torch.zeros(2, 32)},
+    "dropout's probability": {"dropout": (1.0, torch.zeros(2).long(), torch.zeros(2).long(), 0)},
+    "key is torch.int32": {"dropout": (0.5, torch.zeros(2).int(), torch.zeros(2).long(), 0)},
+    "sample_index has shape": {"dropout": (0.5, torch.zeros(2).long(), torch.zeros(3).long(), 0)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_refuses(message: str, device: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        group_norm_silu(**{**good(device), **on(device, BAD[message])})
+
+
+@pytest.mark.parametrize("wrong", ["dy", "mean", "rstd"])
+def test_backward_refuses(wrong: str, device: str) -> None:
+    arguments, statistics = good(device), torch.zeros(2, 8, device=device)
+    arguments |= {"dy": arguments["x"], "mean": statistics, "rstd": statistics, wrong: statistics[:1]}
+    with pytest.raises(ValueError, match=f"{wrong} has shape"):
+        group_norm_silu_backward(**arguments)
+
+
+def test_backward_refuses_a_gradient_in_another_layout(device: str) -> None:
+    arguments, statistics = good(device), torch.zeros(2, 8, device=device)
+    with pytest.raises(ValueError, match="dy has strides"):
+        group_norm_silu_backward(dy=arguments["x"].contiguous(), mean=statistics, rstd=statistics, **arguments)
