@@ -34,6 +34,7 @@ from ddpm_fast.kernels.group_norm_tiles import (
     locate,
     per_channel_or,
     plan,
+    shift_arguments,
     sizes,
     store_tile,
 )
@@ -94,8 +95,9 @@ def activate(b, noise, first_pixel, SILU: tl.constexpr):
 @triton.jit
 def statistics_kernel(
     x,  # [N, H, W, C]
-    shift,  # [N, C] or None
+    shift,  # [N, C], rows apart by shift_stride, or None
     partials,  # [N, S, 3, G] float32 of a slice: pivot, mean - pivot, sum of squared deviations from the mean
+    shift_stride,
     HW,
     slice_pixels,
     C: tl.constexpr,
@@ -112,7 +114,7 @@ def statistics_kernel(
     channel, real, group, real_group, member = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
-    shift_c = per_channel_or(shift, image, channel, real, C, 0.0)
+    shift_c = per_channel_or(shift, image * shift_stride, channel, real, 0.0)
     base = x + (image * HW + first_pixel) * C
     _, _, pivot, beyond, m2 = slice_moments(base, pixels, shift_c, channel, real, member, C, D, BLOCK_P, False)
     row = partials + (image * SLICES + index) * (3 * G) + group
@@ -126,7 +128,7 @@ def normalize_kernel(
     x,  # [N, H, W, C]
     weight,  # [C]
     bias,  # [C]
-    shift,  # [N, C] or None
+    shift,  # [N, C], rows apart by shift_stride, or None
     scale_shift,  # [N, 2, C] or None
     key,  # [2] int64 words or None: no dropout
     sample_index,  # [N] int64
@@ -134,6 +136,7 @@ def normalize_kernel(
     y,  # [N, H, W, C]
     mean,  # [N, G] float32
     rstd,  # [N, G] float32
+    shift_stride,
     HW,
     slice_pixels,
     eps,
@@ -157,7 +160,7 @@ def normalize_kernel(
     channel, real, group, real_group, member = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
-    shift_c = per_channel_or(shift, image, channel, real, C, 0.0)
+    shift_c = per_channel_or(shift, image * shift_stride, channel, real, 0.0)
     offset_in = (image * HW + first_pixel) * C
     x += offset_in
     y += offset_in
@@ -204,7 +207,8 @@ def group_norm_silu(
 
     Args:
         x: [N, C, H, W] float32, bfloat16 or float16, channels_last.
-        weight, bias, shift, scale_shift: as in the reference; float32, bfloat16 or float16, contiguous.
+        weight, bias, shift, scale_shift: as in the reference; float32, bfloat16 or float16, contiguous, but the
+            rows of shift may lie anywhere.
         groups, silu, dropout, eps: as in the reference.
         chosen: the division of the work, instead of `plan`'s.
 
@@ -219,7 +223,7 @@ def group_norm_silu(
     chosen = chosen or plan(HW, C, groups, x.element_size(), dropout=random["key"] is not None)
     shared = sizes(chosen, C, groups)
     grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
-    shared |= {"HW": HW, "slice_pixels": chosen.slice_pixels, "num_warps": chosen.num_warps}
+    shared |= shift_arguments(shift) | {"HW": HW, "slice_pixels": chosen.slice_pixels, "num_warps": chosen.num_warps}
     y = torch.empty_like(x, memory_format=torch.channels_last)
     mean, rstd = (x.new_empty(N, groups, dtype=torch.float32) for _ in range(2))
     if N == 0:
@@ -228,12 +232,11 @@ def group_norm_silu(
         partials = None
         if chosen.slices > 1:
             partials = x.new_empty(N, chosen.slices, 3, groups, dtype=torch.float32)
-            statistics_kernel[grid](x=x, shift=shift, partials=partials, **shared)
+            statistics_kernel[grid](x=x, partials=partials, **shared)
         normalize_kernel[grid](
             x=x,
             weight=weight,
             bias=bias,
-            shift=shift,
             scale_shift=scale_shift,
             partials=partials,
             y=y,

@@ -14,7 +14,6 @@ Layout and division of the work: see `group_norm_tiles`; a split gathers A, B an
 in float32. Kept from the forward pass: x, mean and rstd, nothing of y. The sums over images are taken from [N, 2, C]
 float32 by a last small kernel. No atomics, every order fixed: two runs agree bit for bit.
 Bytes moved, of 2 or 4 an element: 3 elements' worth (one tile, loop) or 5 (split). Not yet timed on a GPU.
-
 Shapes: N image, C channel, H x W pixels, G group, D = C / G channels a group, S slice of pixels.
 """
 
@@ -38,6 +37,7 @@ from ddpm_fast.kernels.group_norm_tiles import (
     locate,
     per_channel_or,
     plan,
+    shift_arguments,
     sizes,
     store_tile,
 )
@@ -68,12 +68,12 @@ def load_gradient(
 
 @triton.jit
 def normal_of(mean, rstd, weight, bias, shift, scale_shift, image, where, C: tl.constexpr, G: tl.constexpr):
-    """Return rstd [BLOCK_C], and what `load_gradient` calls normal."""
+    """Return rstd [BLOCK_C], and what `load_gradient` calls normal; shift: pointer and stride."""
     channel, real, group, real_group, member = where
     w, b, scale, offset = affine(weight, bias, scale_shift, image, channel, real, C)
     mean_c = by_channel(tl.load(mean + image * G + group, mask=real_group, other=0.0), member)
     rstd_c = by_channel(tl.load(rstd + image * G + group, mask=real_group, other=0.0), member)
-    mean_c -= per_channel_or(shift, image, channel, real, C, 0.0)
+    mean_c -= per_channel_or(shift[0], image * shift[1], channel, real, 0.0)
     return rstd_c, (mean_c, rstd_c * w * scale, b * scale + offset)
 
 
@@ -106,11 +106,12 @@ def sums_kernel(
     rstd,  # [N, G] float32
     weight,  # [C]
     bias,  # [C]
-    shift,  # [N, C] or None
+    shift,  # [N, C], rows apart by shift_stride, or None
     scale_shift,  # [N, 2, C] or None
     key,  # [2] int64 words or None: no dropout
     sample_index,  # [N] int64
     partials,  # [N, S, 3, C] float32: A, B, U of a slice
+    shift_stride,
     HW,
     slice_pixels,
     layer,
@@ -121,7 +122,7 @@ def sums_kernel(
     image, index, block = locate(SLICES, BLOCKS, False)
     where = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     channel, real, _, _, _ = where
-    _, normal = normal_of(mean, rstd, weight, bias, shift, scale_shift, image, where, C, G)
+    _, normal = normal_of(mean, rstd, weight, bias, (shift, shift_stride), scale_shift, image, where, C, G)
     noise = (key, sample_index, layer, image, block * (BLOCK_GROUPS * (C // G)), THRESHOLD, KEEP_SCALE)
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
@@ -152,7 +153,7 @@ def input_gradient_kernel(
     rstd,  # [N, G] float32
     weight,  # [C]
     bias,  # [C]
-    shift,  # [N, C] or None
+    shift,  # [N, C], rows apart by shift_stride, or None
     scale_shift,  # [N, 2, C] or None
     key,  # [2] int64 words or None: no dropout
     sample_index,  # [N] int64
@@ -161,6 +162,7 @@ def input_gradient_kernel(
     dshift,  # [N, C] or None
     dscale_shift,  # [N, 2, C] or None
     parameter_sums,  # [N, 2, C] float32: an image's part of dweight and dbias
+    shift_stride,
     HW,
     slice_pixels,
     layer,
@@ -171,7 +173,7 @@ def input_gradient_kernel(
     image, index, block = locate(SLICES, BLOCKS, SLICES > 1)
     where = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     channel, real, _, _, member = where
-    rstd_c, normal = normal_of(mean, rstd, weight, bias, shift, scale_shift, image, where, C, G)
+    rstd_c, normal = normal_of(mean, rstd, weight, bias, (shift, shift_stride), scale_shift, image, where, C, G)
     _, slope, _ = normal
     noise = (key, sample_index, layer, image, block * (BLOCK_GROUPS * (C // G)), THRESHOLD, KEEP_SCALE)
     first_pixel = index * slice_pixels
@@ -276,11 +278,11 @@ def group_norm_silu_backward(
     shared = sizes(chosen, C, groups) | random
     grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
     shared |= {"x": x, "dy": dy, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
-    shared |= {"shift": shift, "scale_shift": scale_shift, "partials": None, "SILU": silu}
+    shared |= shift_arguments(shift) | {"scale_shift": scale_shift, "partials": None, "SILU": silu}
     shared |= {"HW": HW, "slice_pixels": chosen.slice_pixels, "num_warps": chosen.num_warps}
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    dshift = None if shift is None else torch.empty_like(shift)
+    dshift = None if shift is None else shift.new_empty(N, C)
     dscale_shift = None if scale_shift is None else torch.empty_like(scale_shift)
     parameter_sums = x.new_empty(N, 2, C, dtype=torch.float32)
     with torch.cuda.device_of(x):

@@ -65,11 +65,11 @@ def by_channel(per_group, member):
 
 
 @triton.jit
-def per_channel_or(pointer, image, channel, real, C: tl.constexpr, default: tl.constexpr):
-    """Load [BLOCK_C] float32 from [N, C], or return the default where there is no such input."""
+def per_channel_or(pointer, row, channel, real, default: tl.constexpr):
+    """Load [BLOCK_C] float32 from offset `row` on, or return the default where there is no such input."""
     value = tl.full([channel.shape[0]], default, tl.float32)
     if pointer is not None:
-        value = tl.load(pointer + image * C + channel, mask=real, other=0.0).to(tl.float32)
+        value = tl.load(pointer + row + channel, mask=real, other=0.0).to(tl.float32)
     return value
 
 
@@ -78,8 +78,8 @@ def affine(weight, bias, scale_shift, image, channel, real, C: tl.constexpr):
     """Return weight, bias, 1 + scale and offset [BLOCK_C] float32."""
     w = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
     b = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-    scale = 1.0 + per_channel_or(scale_shift, 2 * image, channel, real, C, 0.0)
-    offset = per_channel_or(scale_shift, 2 * image + 1, channel, real, C, 0.0)
+    scale = 1.0 + per_channel_or(scale_shift, 2 * image * C, channel, real, 0.0)
+    offset = per_channel_or(scale_shift, (2 * image + 1) * C, channel, real, 0.0)
     return w, b, scale, offset
 
 
@@ -223,7 +223,9 @@ def check_inputs(
     checks.check_dense("weight", weight, (C,), checks.FLOATS, x.device)
     checks.check_dense("bias", bias, (C,), checks.FLOATS, x.device)
     if shift is not None:
-        checks.check_dense("shift", shift, (N, C), checks.FLOATS, x.device)
+        checks.check("shift", shift, (N, C), checks.FLOATS, x.device)
+        if C > 1 and shift.stride(1) != 1:
+            raise ValueError(f"shift has strides {shift.stride()}: it takes rows whose channels lie side by side")
     if scale_shift is not None:
         checks.check_dense("scale_shift", scale_shift, (N, 2 * C), checks.FLOATS, x.device)
     if dropout is not None:
@@ -232,6 +234,11 @@ def check_inputs(
             raise ValueError(f"dropout's probability is {probability}: it takes one in [0, 1)")
         checks.check_address(key, sample_index, N, x.device)
     return N, C, H * W
+
+
+def shift_arguments(shift: Tensor | None) -> dict[str, Any]:
+    """Return the shift as the kernels take it: rows may lie apart, as those of one block in a table of all do."""
+    return {"shift": shift, "shift_stride": 0 if shift is None else shift.stride(0)}
 
 
 def dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ddpm_fast.kernels import group_norm_tiles as tiles
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LIKE_X = ("x", "y", "dx", "dy", "shift", "dshift", "scale_shift", "dscale_shift")
 WORDS = ("key", "sample_index")
-INTEGERS = ("HW", "slice_pixels", "layer", "N")
+INTEGERS = ("shift_stride", "HW", "slice_pixels", "layer", "N")
 REGISTERS_PER_MULTIPROCESSOR = 65536
 
 

@@ -68,6 +68,7 @@ BAD: dict[str, dict[str, Any]] = {
     "bias is torch.int64": {"bias": torch.zeros(32, dtype=torch.int64)},
     "bias has strides": {"bias": torch.zeros(64)[::2]},
     "shift has shape": {"shift": torch.zeros(2, 64)},
+    "shift has strides": {"shift": torch.zeros(32, 2).T},
     "scale_shift has shape": {"scale_shift": torch.zeros(2, 32)},
     "dropout's probability": {"dropout": (1.0, torch.zeros(2).long(), torch.zeros(2).long(), 0)},
     "key is torch.int32": {"dropout": (0.5, torch.zeros(2).int(), torch.zeros(2).long(), 0)},
