@@ -49,6 +49,8 @@ class SampleArguments:
     """Where to compute; auto takes an NVIDIA GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the U-Net; auto is bf16 on GPUs that are good at it, else fp32."""
+    kernels: bool = True
+    """Run the Triton kernels on a GPU where they are the faster way; --no-kernels is plain PyTorch everywhere."""
     animate: bool = False
     """Also write animation.gif: up to 16 images on their way from noise."""
 

@@ -23,11 +23,13 @@ class GroupNormSiLU(nn.Module):
         if channels % groups:
             raise ValueError(f"{channels} channels do not divide into {groups} groups")
         self.groups, self.silu = groups, silu
+        self.kernels: bool | None = None  # set by `UNet.use_kernels`
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, shift: Tensor | None = None, dropout: ops.Dropout | None = None) -> Tensor:
-        return ops.group_norm_silu(x, self.weight, self.bias, self.groups, shift=shift, silu=self.silu, dropout=dropout)
+        options = {"shift": shift, "silu": self.silu, "dropout": dropout, "kernels": self.kernels}
+        return ops.group_norm_silu(x, self.weight, self.bias, self.groups, **options)
 
 
 class ResBlock(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import ops
+from ddpm_fast.check_kernels import check_kernels, kernel_table
 from ddpm_fast.check_process import (
     Line,
     check_noise,
@@ -24,7 +25,7 @@ from ddpm_fast.config import Config, with_training
 from ddpm_fast.data import BatchSource, Dataset
 from ddpm_fast.noise import key_from_seed, timesteps
 from ddpm_fast.samplers import Row, sampler_table
-from ddpm_fast.trainer import NoiseAddress, Trainer, ema_decay
+from ddpm_fast.trainer import NoiseAddress, Trainer, choose_dtype, choose_kernels, ema_decay
 
 EXAMPLES = 8
 """Training examples that the checks of the network use."""
@@ -47,6 +48,23 @@ def report(lines: Iterator[Line], full: bool = False) -> int:
     return 3 if failed else 0
 
 
+def report_kernels(config: Config, device: torch.device) -> int:
+    """Print which ops run kernels and, where any do, the table of them; return the exit status: 0, or 3."""
+    print(f"kernels: {ops.RULE}")
+    if not _runs_kernels(config, device):
+        print(f"  none run here: the device is {device.type}, --{'' if config.training.kernels else 'no-'}kernels")
+        return 0
+    right = True
+    for row, within_bound in kernel_table(config, device, choose_dtype(config.training.precision, device)):
+        print(f"  {row}" + ("" if within_bound else "  FAIL"), flush=True)
+        right &= within_bound
+    return 0 if right else 3
+
+
+def _runs_kernels(config: Config, device: torch.device) -> bool:
+    return ops.runs_kernel(choose_kernels(config.training.kernels), torch.empty(0, device=device))
+
+
 def check_start(config: Config, dataset: Dataset, device: torch.device) -> Iterator[Line]:
     """Check what takes seconds: run before step 0."""
     yield from _check_everything_but_fitting(config, dataset, device, None)
@@ -63,12 +81,15 @@ def _check_everything_but_fitting(
     config: Config, dataset: Dataset, device: torch.device, found: Checkpoint | None
 ) -> Iterator[Line]:
     shape = (config.unet.image_channels, config.unet.height, config.unet.width)
-    yield from check_noise(shape, device)
-    yield from check_schedule(config.diffusion)
     trainer = _small_trainer(config, dataset, device, found)
+    kernels = trainer.unet.kernels
+    yield from check_noise(shape, device, kernels)
+    yield from check_schedule(config.diffusion)
     yield from check_data(trainer, shape)
     yield from check_forward_process(trainer)
-    yield from check_samplers(config.diffusion, device)
+    yield from check_samplers(config.diffusion, device, kernels)
+    if _runs_kernels(config, device):
+        yield from check_kernels(config, device, choose_dtype(config.training.precision, device))
     yield from check_network(trainer, trained=found is not None)
 
 
@@ -95,7 +116,8 @@ def check_data(trainer: Trainer, shape: tuple[int, int, int]) -> Iterator[Line]:
     found = f"{tuple(images.shape[1:])} {images.dtype}"
     yield Line("images fit the U-Net", fits, f"{shape} torch.uint8", found, "ddpm_fast/data.py")
     table = torch.tensor([[1.0, 0.0, 0.0, 1.0, 1.0]], device=images.device)  # a = 1, b = 0: no noise
-    x_start = ops.q_sample(images, torch.zeros_like(sample_index), table, trainer.key, sample_index)
+    t, kernels = torch.zeros_like(sample_index), trainer.unet.kernels
+    x_start = ops.q_sample(images, t, table, trainer.key, sample_index, kernels=kernels)
     low, high = float(x_start.min()), float(x_start.max())
     fine = low >= -1 and high <= 1 and high - low > 0.1
     yield Line("data lies in [-1, 1]", fine, "-1..1, not constant", f"{low:.3f}..{high:.3f}", "ddpm_fast/reference.py")
@@ -109,15 +131,16 @@ def check_forward_process(trainer: Trainer) -> Iterator[Line]:
     t = (torch.arange(EXAMPLES, device=images.device) * (diffusion.timesteps * 9 // 10)) // EXAMPLES
     x_start = (images.double() / 127.5 - 1).float()
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    eps = training_noise(sample_index, shape, trainer.config.training.seed)
+    kernels = trainer.unet.kernels
+    eps = training_noise(sample_index, shape, trainer.config.training.seed, kernels)
     target = closed_form_target(diffusion, t, x_start.double(), eps.double())
-    x_t = ops.q_sample(images, t, trainer.table, trainer.key, sample_index)
+    x_t = ops.q_sample(images, t, trainer.table, trainer.key, sample_index, kernels=kernels)
     row = Row(*sampler_table(diffusion).rows.to(images.device).flip(0)[t].unbind(1))
     p, q = row.p.view(-1, 1, 1, 1), row.q.view(-1, 1, 1, 1)
     off = float((p * x_t - q * target - x_start).abs().max())
     expected = "x_start again within 1e-3"
     yield Line("q_sample, then predicting x_start, gives the data back", off < 1e-3, expected, f"{off:.1e} off", file)
-    loss = float(ops.noise_mse(target, images, t, trainer.table, trainer.key, sample_index).max())
+    loss = float(ops.noise_mse(target, images, t, trainer.table, trainer.key, sample_index, kernels=kernels).max())
     name = f"the loss of the true {diffusion.prediction} is 0"
     yield Line(name, loss < 1e-6, "below 1e-6", f"{loss:.1e}", "ddpm_fast/reference.py or ddpm_fast/schedule.py")
 
@@ -128,7 +151,8 @@ def check_network(trainer: Trainer, trained: bool) -> Iterator[Line]:
     if not trained:
         images, sample_index, t = _first_batch(trainer)
         zeros = torch.zeros(images.shape, device=images.device)
-        nothing = float(ops.noise_mse(zeros, images, t, trainer.table, trainer.key, sample_index).mean())
+        address = (images, t, trainer.table, trainer.key, sample_index)
+        nothing = float(ops.noise_mse(zeros, *address, kernels=trainer.unet.kernels).mean())
         first = float(trainer.losses(0, EXAMPLES).mean().detach())
         expected = f"{nothing:.4f} within 2%"
         yield Line(

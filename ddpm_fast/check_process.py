@@ -26,22 +26,24 @@ class Line:
     file: str
 
 
-def training_noise(sample_index: Tensor, shape: tuple[int, int, int], seed: int) -> Tensor:
+def training_noise(sample_index: Tensor, shape: tuple[int, int, int], seed: int, kernels: bool | None = None) -> Tensor:
     """Return the noise that q_sample really adds: by a table of one row with a = 0, b = 1."""
     device = sample_index.device
     images = torch.zeros(len(sample_index), *shape, device=device)
     table = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0]], device=device)
-    return ops.q_sample(images, torch.zeros_like(sample_index), table, key_from_seed(seed, device), sample_index)
+    t, key = torch.zeros_like(sample_index), key_from_seed(seed, device)
+    return ops.q_sample(images, t, table, key, sample_index, kernels=kernels)
 
 
-def _sampling_noise(sample_index: Tensor, shape: tuple[int, int, int], step: int) -> Tensor:
+def _sampling_noise(sample_index: Tensor, shape: tuple[int, int, int], step: int, kernels: bool | None) -> Tensor:
     """Return the noise that reverse_step really adds: by rows with s = 1 and nothing else."""
     device = sample_index.device
     x = torch.zeros(len(sample_index), *shape, device=device)
     rows = torch.zeros(step + 1, len(Row._fields), device=device)
     rows[:, Row._fields.index("s")] = 1
     at = torch.full((1,), step, dtype=torch.int64, device=device)
-    ops.reverse_step(x, x.clone(), rows, at, key_from_seed(0, device), sample_index, clip=False, noisy=True)
+    key = key_from_seed(0, device)
+    ops.reverse_step(x, x.clone(), rows, at, key, sample_index, clip=False, noisy=True, kernels=kernels)
     return x
 
 
@@ -61,27 +63,15 @@ def _correlation_sigmas(a: Tensor, b: Tensor) -> float:
     return abs(float((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt())) * len(a) ** 0.5
 
 
-def check_noise(shape: tuple[int, int, int], device: torch.device) -> Iterator[Line]:
+def check_noise(shape: tuple[int, int, int], device: torch.device, kernels: bool | None = None) -> Iterator[Line]:
     """Check that noise is N(0, 1) and independent over pixels, channels, samples and steps."""
     _, height, width = shape
     count = max(2, min(4096, 65536 // (height * width)))
     sample_index = torch.arange(count, device=device)
     wide = (8, height, width)
-    pairs = [
-        (
-            "training",
-            "ddpm_fast/noise.py",
-            training_noise(sample_index, wide, 0),
-            training_noise(sample_index, wide, 1),
-        ),
-        (
-            "sampling",
-            "ddpm_fast/noise.py",
-            _sampling_noise(sample_index, wide, 0),
-            _sampling_noise(sample_index, wide, 1),
-        ),
-    ]
-    for name, file, z, other in pairs:
+    file = "ddpm_fast/noise.py"
+    for name, noise in (("training", training_noise), ("sampling", _sampling_noise)):
+        z, other = (noise(sample_index, wide, number, kernels) for number in range(2))  # of two seeds, or two steps
         n = z.numel()
         mean, variance = float(z.mean()) * n**0.5, (float(z.square().mean()) - 1) * (n / 2) ** 0.5
         distance = kolmogorov_smirnov(z)
@@ -129,7 +119,7 @@ def closed_form_target(diffusion: DiffusionConfig, t: Tensor, x_start: Tensor, e
     return {"eps": eps, "x0": x_start, "v": v}[diffusion.prediction].float()
 
 
-def check_samplers(diffusion: DiffusionConfig, device: torch.device) -> Iterator[Line]:
+def check_samplers(diffusion: DiffusionConfig, device: torch.device, kernels: bool | None = None) -> Iterator[Line]:
     """Check the posterior by Bayes' rule computed another way, and every sampler with the true prediction."""
     file = "ddpm_fast/samplers.py"
     row = Row(*sampler_table(diffusion).rows.flip(0).unbind(1))  # row t now belongs to t
@@ -147,12 +137,14 @@ def check_samplers(diffusion: DiffusionConfig, device: torch.device) -> Iterator
     yield Line(name, off < 1e-9, "within 1e-9 of it, none in the last step", f"{off:.1e} off", file)
     steps = min(20, diffusion.timesteps)
     for config in (SamplerConfig("ddpm", steps), SamplerConfig("ddim", steps), SamplerConfig("dpm++", steps)):
-        off = _distance_with_true_prediction(diffusion, sampler_table(diffusion, config), device)
+        off = _distance_with_true_prediction(diffusion, sampler_table(diffusion, config), device, kernels)
         name = f"{config.sampler} with the true prediction ends on the data"
         yield Line(name, off < 1e-3, "within 1e-3", f"{off:.1e} off", f"{file} or ddpm_fast/reference.py")
 
 
-def _distance_with_true_prediction(diffusion: DiffusionConfig, table: SamplerTable, device: torch.device) -> float:
+def _distance_with_true_prediction(
+    diffusion: DiffusionConfig, table: SamplerTable, device: torch.device, kernels: bool | None
+) -> float:
     """Run a sampler whose network knows the answer; return how far from it the sampler ends."""
     generator = torch.Generator().manual_seed(0)
     x_start = (torch.rand(2, 3, 4, 4, generator=generator) * 2 - 1).to(device)
@@ -166,5 +158,6 @@ def _distance_with_true_prediction(diffusion: DiffusionConfig, table: SamplerTab
         eps = (x.double() - ab.sqrt() * x_start) / (1 - ab).sqrt()
         out = closed_form_target(diffusion, t, x_start.double(), eps)
         step = torch.full((1,), k, dtype=torch.int64, device=device)
-        ops.reverse_step(x, out, rows, step, key, sample_index, clip=table.clip, noisy=table.noisy, x0=x0)
+        options = {"clip": table.clip, "noisy": table.noisy, "x0": x0, "kernels": kernels}
+        ops.reverse_step(x, out, rows, step, key, sample_index, **options)
     return float((x - x_start).abs().max())

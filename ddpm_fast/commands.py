@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpm_fast import checkpoint
 from ddpm_fast.arguments import SampleArguments
-from ddpm_fast.check import check_run, check_start, report
+from ddpm_fast.check import check_run, check_start, report, report_kernels
 from ddpm_fast.config import Config, InputError, with_training
 from ddpm_fast.data import open_dataset
 from ddpm_fast.images import grid, save_animation, save_image, to_uint8
@@ -18,7 +18,7 @@ from ddpm_fast.loop import ImageRange, Loop
 from ddpm_fast.loop import sample as sample_images
 from ddpm_fast.run import InterruptedRunError, Run, find_start
 from ddpm_fast.samplers import sampler_table
-from ddpm_fast.trainer import choose_device, choose_dtype
+from ddpm_fast.trainer import choose_device, choose_dtype, choose_kernels
 from ddpm_fast.unet import UNet
 
 ANIMATION_FRAMES = 60
@@ -100,7 +100,8 @@ def sample(arguments: SampleArguments) -> int:
         directory.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()
-    loop = Loop(load_unet(found, arguments.weights, device), table, choose_dtype(arguments.precision, device))
+    unet = load_unet(found, arguments.weights, device).use_kernels(choose_kernels(arguments.kernels))
+    loop = Loop(unet, table, choose_dtype(arguments.precision, device))
     frames: list[Tensor] = []
     finished = False
 
@@ -152,4 +153,4 @@ def check(config: Config, run: str) -> int:
         config = with_training(found.config, device=config.training.device)
     device = _require_device(config.training.device)
     dataset = open_dataset(config.data, config.unet, progress=_progress())
-    return report(check_run(config, dataset, device, found))
+    return report(check_run(config, dataset, device, found), full=True) or report_kernels(config, device)

@@ -157,6 +157,8 @@ class TrainingConfig:
     """Where to compute; auto takes an NVIDIA GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the U-Net; auto is bf16 on GPUs that are good at it, else fp32. Parameters stay fp32."""
+    kernels: bool = True
+    """Run the Triton kernels on a GPU where they are the faster way; --no-kernels is plain PyTorch everywhere."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 5000

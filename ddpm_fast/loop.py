@@ -51,7 +51,7 @@ class Loop:
         self.rows = table.rows.to(self.device, torch.float32)
         with torch.no_grad():
             # t is known in advance, so the whole time-embedding path is computed once for all K rows.
-            self.time_shifts = unet.time_shifts(self.rows[:, Row._fields.index("t")])
+            self.time_shifts = unet.time_shifts(self.rows[:, Row._fields.index("t")].contiguous())
 
     @torch.no_grad()
     def run(self, address: NoiseAddress, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
@@ -86,6 +86,7 @@ class Loop:
                 noisy=self.table.noisy,
                 x0=x0,
                 model_input=model_input,
+                kernels=self.unet.kernels,
             )
             step += 1
             if on_step is not None:

@@ -48,6 +48,11 @@ def ema_decay(step: int, config: TrainingConfig) -> float:
     return min(config.ema_decay, (1 + step) / (10 + step))
 
 
+def choose_kernels(wanted: bool) -> bool | None:
+    """Return what --kernels or --no-kernels means to `ops`: its rule, or plain PyTorch."""
+    return None if wanted else False
+
+
 def new_unet(config: Config, device: torch.device) -> UNet:
     """Build a U-Net with initial weights that follow from the seed alone, without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
@@ -69,7 +74,7 @@ class Trainer:
         """
         self.config, self.batch, self.device = config, batch, device
         self.dtype = choose_dtype(config.training.precision, device)
-        self.unet = new_unet(config, device)
+        self.unet = new_unet(config, device).use_kernels(choose_kernels(config.training.kernels))
         self.parameters = dict(self.unet.named_parameters())
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         # Fused Adam skips its update where found_inf is 1 and divides gradients by grad_scale: that masks bad
@@ -88,13 +93,12 @@ class Trainer:
         """Compute the weighted squared errors of n training examples: [n] float32 (Algorithm 1, line 5)."""
         images, sample_index = self.batch(first_example, n)
         t = timesteps(NoiseAddress(self.key, sample_index), self.config.diffusion.timesteps)
-        flip = self.config.data.flip
-        x_t = ops.q_sample(
-            images, t, self.table, self.key, sample_index, flip=flip, dtype=self.dtype, channels_last=True
-        )
+        flip, kernels = self.config.data.flip, self.unet.kernels
+        address = (images, t, self.table, self.key, sample_index, flip)
+        x_t = ops.q_sample(*address, dtype=self.dtype, channels_last=True, kernels=kernels)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             prediction = self.unet(x_t, t, NoiseAddress(self.key, sample_index))
-        return ops.noise_mse(prediction, images, t, self.table, self.key, sample_index, flip=flip)
+        return ops.noise_mse(prediction, *address, kernels=kernels)
 
     def backward(self) -> Tensor:
         """Compute the batch's loss and leave its gradients in the parameters, part by part."""

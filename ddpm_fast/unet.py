@@ -56,6 +56,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
         for number, block in enumerate(self.res_blocks()):
             block.layer = number
+        self.use_kernels(None)
         self.initialize()
 
     def _res_block(self, channels_in: int, channels_out: int) -> ResBlock:
@@ -105,6 +106,14 @@ class UNet(nn.Module):
                 xavier_uniform(module.output, gain=0)
         xavier_uniform(self.conv_out, gain=0)
 
+    def use_kernels(self, kernels: bool | None) -> "UNet":
+        """Choose how this network's ops run, and those around it in training and sampling; see `ops`."""
+        self.kernels = kernels
+        for module in self.modules():
+            if isinstance(module, GroupNormSiLU):
+                module.kernels = kernels
+        return self
+
     def time_shifts(self, t: Tensor) -> Tensor:
         """Compute what every ResBlock adds for timestep t; in sampling once for all steps.
 
@@ -115,7 +124,7 @@ class UNet(nn.Module):
             [N, S], the blocks' shifts side by side in forward order.
         """
         blocks = self.res_blocks()
-        embedding = self.time_embedding(ops.timestep_embedding(t, self.config.channels))
+        embedding = self.time_embedding(ops.timestep_embedding(t, self.config.channels, kernels=self.kernels))
         weight = torch.cat([block.time_emb_proj.weight for block in blocks])
         bias = torch.cat([block.time_emb_proj.bias for block in blocks])
         return F.linear(F.silu(embedding), weight, bias)

@@ -106,12 +106,12 @@ def a_frozen_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sign_of_eps_flipped_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = reference.noise_mse
-    monkeypatch.setattr(ops, "noise_mse", lambda prediction, *rest, **options: loss(-prediction, *rest, **options))
+    monkeypatch.setattr(ops, "noise_mse", lambda prediction, *rest, kernels: loss(-prediction, *rest))
 
 
 def sign_of_eps_flipped_in_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     step = reference.reverse_step
-    monkeypatch.setattr(ops, "reverse_step", lambda x, out, *rest, **options: step(x, -out, *rest, **options))
+    monkeypatch.setattr(ops, "reverse_step", lambda x, out, *rest, kernels, **options: step(x, -out, *rest, **options))
 
 
 def wrong_posterior_variance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def an_average_that_never_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 def off_by_one_between_table_and_t(monkeypatch: pytest.MonkeyPatch) -> None:
     q_sample = reference.q_sample
 
-    def one_late(images, t, table, *rest, **options):
+    def one_late(images, t, table, *rest, kernels, **options):
         return q_sample(images, (t + 1).clamp(max=len(table) - 1), table, *rest, **options)
 
     monkeypatch.setattr(ops, "q_sample", one_late)

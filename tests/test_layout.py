@@ -20,7 +20,7 @@ LAYERS = [
     {"kernels"},
     {"ops"},
     {"blocks", "unet", "arrays", "pictures", "data", "checkpoint", "images", "distributed"},
-    {"trainer", "loop", "run", "evaluate", "convert", "report", "check", "check_process"},
+    {"trainer", "loop", "run", "evaluate", "convert", "report", "check", "check_process", "check_kernels"},
     {"arguments", "commands", "cli"},
     {"__main__"},
 ]
