@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddpm_fast.config import PRESETS, Config, InputError, SamplerConfig, Spacing
+from ddpm_fast.config import PRESETS, Config, InputError, Precision, SamplerConfig, Spacing
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ class SampleArguments:
     """Directory to write to; default RUN/samples/SAMPLER-STEPS-seedSEED."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes an NVIDIA GPU if there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the U-Net; auto is bf16 on GPUs that are good at it, else fp32."""
+    precision: Precision = "auto"
+    """The U-Net's arithmetic; auto is bf16 on GPUs good at it, else fp32; tf32 is for GPUs."""
     kernels: bool = True
     """Run the Triton kernels on a GPU where they are the faster way; --no-kernels is plain PyTorch everywhere."""
+    compile: bool = True
+    """Compile the U-Net on a GPU with torch.compile; --no-compile runs it as written."""
+    capture: bool = True
+    """Capture each step on a GPU as a CUDA graph; --no-capture launches every kernel from Python."""
     animate: bool = False
     """Also write animation.gif: up to 16 images on their way from noise."""
 

@@ -23,9 +23,10 @@ from ddpm_fast.check_process import (
 from ddpm_fast.checkpoint import PARTS, Checkpoint
 from ddpm_fast.config import Config, with_training
 from ddpm_fast.data import BatchSource, Dataset
-from ddpm_fast.noise import key_from_seed, timesteps
+from ddpm_fast.execution import choose_dtype, choose_kernels
+from ddpm_fast.noise import NoiseAddress, key_from_seed, timesteps
 from ddpm_fast.samplers import Row, sampler_table
-from ddpm_fast.trainer import NoiseAddress, Trainer, choose_dtype, choose_kernels, ema_decay
+from ddpm_fast.trainer import Trainer, ema_decay
 
 EXAMPLES = 8
 """Training examples that the checks of the network use."""
@@ -162,6 +163,7 @@ def check_network(trainer: Trainer, trained: bool) -> Iterator[Line]:
             f"{first:.4f}",
             file,
         )
+    trainer.load_batch()
     trainer.backward()
     # A constant added to every key cancels in softmax: that bias alone has no gradient.
     silent = [
@@ -185,7 +187,7 @@ def check_fitting(trainer: Trainer, steps: int) -> Iterator[Line]:
     file = "ddpm_fast/trainer.py"
     before = {name: tensor.clone() for name, tensor in trainer.ema.items()}
     trainer.train_step_no_sync()
-    decay = ema_decay(0, trainer.config.training)
+    decay = float(ema_decay(torch.zeros(()), trainer.config.training))
     weights = dict(trainer.unet.named_parameters())
     off = max(
         float((trainer.ema[name] - (decay * before[name] + (1 - decay) * weights[name].detach())).abs().max())

@@ -13,12 +13,12 @@ from ddpm_fast.arguments import SampleArguments
 from ddpm_fast.check import check_run, check_start, report, report_kernels
 from ddpm_fast.config import Config, InputError, with_training
 from ddpm_fast.data import open_dataset
+from ddpm_fast.execution import choose_device, choose_dtype, choose_execution, choose_kernels, choose_tf32
 from ddpm_fast.images import grid, save_animation, save_image, to_uint8
 from ddpm_fast.loop import ImageRange, Loop
 from ddpm_fast.loop import sample as sample_images
 from ddpm_fast.run import InterruptedRunError, Run, find_start
 from ddpm_fast.samplers import sampler_table
-from ddpm_fast.trainer import choose_device, choose_dtype, choose_kernels
 from ddpm_fast.unet import UNet
 
 ANIMATION_FRAMES = 60
@@ -101,7 +101,9 @@ def sample(arguments: SampleArguments) -> int:
 
     started = time.perf_counter()
     unet = load_unet(found, arguments.weights, device).use_kernels(choose_kernels(arguments.kernels))
-    loop = Loop(unet, table, choose_dtype(arguments.precision, device))
+    choose_tf32(arguments.precision)
+    execution = choose_execution(arguments.compile, arguments.capture, device)
+    loop = Loop(unet, table, choose_dtype(arguments.precision, device), execution)
     frames: list[Tensor] = []
     finished = False
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 Prediction = Literal["eps", "x0", "v"]
 Variance = Literal["small", "large"]
 Spacing = Literal["trailing", "leading", "linspace"]
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
 
 
@@ -66,13 +67,10 @@ class UNetConfig:
             _require(value > 0, f"{name} is {value}: it must be at least 1")
         _require(min(self.channel_multipliers) > 0, f"channel_multipliers {self.channel_multipliers} must be positive")
         step = 2 ** (levels - 1)
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            _require(
-                value % step == 0,
-                f"{name} {value} does not divide by {step}, which {levels} levels (channel_multipliers) need: "
-                f"use {max(step, round(value / step) * step)}, or fewer multipliers",
-            )
+        for name, value in (("height", self.height), ("width", self.width)):
+            message = f"{name} {value} does not divide by {step}, which {levels} levels (channel_multipliers) need: "
+            usable = max(step, round(value / step) * step)
+            _require(value % step == 0, f"{message}use {usable}, or fewer multipliers")
         for multiplier in self.channel_multipliers:
             width = self.channels * multiplier
             _require(
@@ -83,10 +81,8 @@ class UNetConfig:
         _require(self.channels % 2 == 0, f"channels is {self.channels}: it must be even (half sines, half cosines)")
         resolutions = [self.height >> level for level in range(levels)]
         for resolution in self.attention_resolutions:
-            _require(
-                resolution in resolutions,
-                f"attention_resolutions has {resolution}, but the feature maps are {resolutions} pixels high",
-            )
+            message = f"attention_resolutions has {resolution}, but the feature maps are {resolutions} pixels high"
+            _require(resolution in resolutions, message)
         _require(0 <= self.dropout < 1, f"dropout is {self.dropout}: it must lie in [0, 1)")
 
 
@@ -155,10 +151,14 @@ class TrainingConfig:
     """Seed of everything random, 0 to 2**64 - 1: same seed, same run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes an NVIDIA GPU if there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the U-Net; auto is bf16 on GPUs that are good at it, else fp32. Parameters stay fp32."""
+    precision: Precision = "auto"
+    """The U-Net's arithmetic; auto is bf16 on GPUs good at it, else fp32; tf32 is for GPUs. Parameters stay fp32."""
     kernels: bool = True
     """Run the Triton kernels on a GPU where they are the faster way; --no-kernels is plain PyTorch everywhere."""
+    compile: bool = True
+    """Compile the U-Net on a GPU with torch.compile; --no-compile runs it as written."""
+    capture: bool = True
+    """Capture each step on a GPU as a CUDA graph; --no-capture launches every kernel from Python."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 5000

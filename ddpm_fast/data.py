@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ddpm_fast.arrays import read_array
 from ddpm_fast.config import DataConfig, InputError, UNetConfig, nearest
+from ddpm_fast.execution import cache_directory
 from ddpm_fast.noise import permutation
 from ddpm_fast.pictures import Unusable, decode, fit, is_picture
 
@@ -113,11 +114,6 @@ def _in_memory(images: NDArray[np.uint8], shape: tuple[int, int, int], source: s
     if images.shape[1:] != shape:
         images = np.stack([fit(image, shape) for image in images])
     return Dataset(images, _digest(repr((shape, STORE_VERSION)).encode(), images), source)
-
-
-def cache_directory() -> Path:
-    """Return where decoded stores live: $XDG_CACHE_HOME/ddpm-fast, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-fast"
 
 
 def _cached(key: str, count: int, shape: tuple[int, int, int]) -> NDArray[np.uint8] | None:

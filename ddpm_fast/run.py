@@ -25,11 +25,12 @@ from tqdm import tqdm
 from ddpm_fast import checkpoint
 from ddpm_fast.config import Config, InputError, MathematicsError, SamplerConfig, from_dict, to_dict, with_training
 from ddpm_fast.data import BatchSource, Dataset
+from ddpm_fast.execution import choose_device, choose_execution, choose_tf32
 from ddpm_fast.images import save_normalized_and_raw, to_uint8
 from ddpm_fast.loop import ImageRange, Loop, sample
 from ddpm_fast.noise import key_from_seed
 from ddpm_fast.samplers import sampler_table
-from ddpm_fast.trainer import Trainer, choose_device
+from ddpm_fast.trainer import Trainer
 
 GRID_SAMPLER = SamplerConfig("ddim", 50)
 """What draws the grids during training: its first noise is the same every time, so that progress is seen."""
@@ -176,7 +177,10 @@ class Run:
         self.directory, self.config, self.dataset, self.progress = directory, config, dataset, progress
         device = choose_device(config.training.device)
         source = BatchSource(dataset, key_from_seed(config.training.seed, "cpu"), device)
-        self.trainer = Trainer(config, source.batch, device)
+        choose_tf32(config.training.precision)
+        execution = choose_execution(config.training.compile, config.training.capture, device)
+        self.trainer = Trainer(config, source.batch, device, execution)
+        self.loop: Loop | None = None
         if found is not None:
             try:
                 self.trainer.load_state(found.step, {part: found.tensors(part) for part in checkpoint.PARTS})
@@ -278,8 +282,11 @@ class Run:
         count = 64 if unet.height * unet.width <= 64 * 64 else 16
         sampler = replace(GRID_SAMPLER, steps=min(GRID_SAMPLER.steps, self.config.diffusion.timesteps))
         with self.trainer.averaged() as averaged:
-            loop = Loop(averaged, sampler_table(self.config.diffusion, sampler), self.trainer.dtype)
-            samples = sample(loop, ImageRange(self.config.training.seed, 0, count), progress=self.progress)
+            if self.loop is None:  # kept, so that it is compiled and captured once
+                table = sampler_table(self.config.diffusion, sampler)
+                self.loop = Loop(averaged, table, self.trainer.dtype, self.trainer.execution)
+            self.loop.load_weights(averaged)
+        samples = sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.progress)
         directory = self.directory / "samples"
         with checkpoint.writing(directory):
             directory.mkdir(exist_ok=True)

@@ -1,17 +1,21 @@
 """One training step, and the state that it moves (Ho et al. 2020, Algorithm 1).
 
 Nothing here waits for the device: the loss, the gradient norm and whether a value was not finite stay on it until
-somebody reads them. Shapes: N images, C channels, H x W pixels.
+somebody reads them. A step reads its batch and its number from tensors at fixed addresses, so that all of it, from
+q_sample to the moving average, can be captured as one CUDA graph. Shapes: N images, C channels, H x W pixels.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddpm_fast import ops
+from ddpm_fast.capture import CudaGraphs, Graphs, Work
 from ddpm_fast.config import Config, TrainingConfig
+from ddpm_fast.execution import EAGER, Execution, choose_dtype, choose_kernels
 from ddpm_fast.noise import NoiseAddress, key_from_seed, timesteps
 from ddpm_fast.schedule import TrainingTable, training_table
 from ddpm_fast.unet import UNet
@@ -20,37 +24,18 @@ BatchFunction = Callable[[int, int], tuple[Tensor, Tensor]]
 """(first example, n) -> images [n, C, H, W] uint8 and sample_index [n] int64, on the device."""
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device that "auto", "cpu" or "cuda" means here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+WARM_UP_STEPS = 3
+"""Steps of a run that are not captured yet: PyTorch's advice for graphs over several streams."""
 
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the U-Net's arithmetic; auto is bfloat16 on GPUs with tensor cores for it (Ampere and later).
-
-    On a CPU without such units bfloat16 convolutions are about 56 times slower than float32: never auto there.
-    """
-    if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        precision = "bf16" if fast else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+def learning_rate(step: Tensor, config: TrainingConfig) -> Tensor:
+    """Return the rate of the step-th update (from 0): a linear rise over the warm-up, then constant; [] float64."""
+    return config.learning_rate * ((step + 1).double() / max(config.warmup_steps, 1)).clamp(max=1.0)
 
 
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Return the rate of the step-th update (from 0): a linear rise over the warm-up, then constant."""
-    return config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-
-
-def ema_decay(step: int, config: TrainingConfig) -> float:
-    """Return the average's decay at a step: small at first, so that it forgets the initial weights."""
-    return min(config.ema_decay, (1 + step) / (10 + step))
-
-
-def choose_kernels(wanted: bool) -> bool | None:
-    """Return what --kernels or --no-kernels means to `ops`: its rule, or plain PyTorch."""
-    return None if wanted else False
+def ema_decay(step: Tensor, config: TrainingConfig) -> Tensor:
+    """Return the average's decay at a step: small at first, so that it forgets the initial weights; [] float64."""
+    return ((1 + step).double() / (10 + step)).clamp(max=config.ema_decay)
 
 
 def new_unet(config: Config, device: torch.device) -> UNet:
@@ -64,34 +49,56 @@ def new_unet(config: Config, device: torch.device) -> UNet:
 class Trainer:
     """A U-Net in training: weights, their moving average, Adam, and the step number."""
 
-    def __init__(self, config: Config, batch: BatchFunction, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        batch: BatchFunction,
+        device: torch.device,
+        execution: Execution = EAGER,
+        graphs: Graphs | None = None,
+    ) -> None:
         """Start at step 0.
 
         Args:
             config: the run's configuration.
             batch: where images come from.
             device: where to compute.
+            execution: how to run a step.
+            graphs: what captures it, CUDA graphs if left out.
         """
-        self.config, self.batch, self.device = config, batch, device
+        self.config, self.batch, self.device, self.execution = config, batch, device, execution
         self.dtype = choose_dtype(config.training.precision, device)
+        self.graphs = graphs or (CudaGraphs(device) if execution.captured else None)
+        self.losses_of_batch = execution.compile(self._losses_of_batch)
+        self._warm_ups = 0
+        self._replay: Work | None = None
         self.unet = new_unet(config, device).use_kernels(choose_kernels(config.training.kernels))
         self.parameters = dict(self.unet.named_parameters())
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         # Fused Adam skips its update where found_inf is 1 and divides gradients by grad_scale: that masks bad
         # steps and clips gradients on the device, without a pass of their own.
         self.rate = torch.zeros((), device=device)
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.rate, fused=True)
+        options: dict[str, Any] = {"fused": True, "capturable": self.graphs is not None and device.type == "cuda"}
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.rate, **options)
         self.table = training_table(config.diffusion, config.training.min_snr_gamma).to(device)
         self.key = key_from_seed(config.training.seed, device)
         self.step = 0
+        unet, size = config.unet, config.training.batch_size
+        self.device_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.images = torch.zeros(size, unet.height, unet.width, unet.image_channels, dtype=torch.uint8, device=device)
+        self.images = self.images.permute(0, 3, 1, 2)
+        self.sample_index = torch.zeros(size, dtype=torch.int64, device=device)
         self.bad_step = torch.full((), -1, device=device)  # latches the first step that was not finite
         self.loss_sum = torch.zeros((), device=device)  # of the steps since it was last read,
         self.loss_steps = torch.zeros((), dtype=torch.int64)  # and how many they are; a tensor to be saved with it
         self.gradient_norm = torch.zeros((), device=device)
 
     def losses(self, first_example: int, n: int) -> Tensor:
-        """Compute the weighted squared errors of n training examples: [n] float32 (Algorithm 1, line 5)."""
-        images, sample_index = self.batch(first_example, n)
+        """Compute the weighted squared errors of n training examples, eagerly: [n] float32."""
+        return self._losses_of_batch(*self.batch(first_example, n))
+
+    def _losses_of_batch(self, images: Tensor, sample_index: Tensor) -> Tensor:
+        """Compute the weighted squared errors of a batch: [N] float32 (Algorithm 1, line 5)."""
         t = timesteps(NoiseAddress(self.key, sample_index), self.config.diffusion.timesteps)
         flip, kernels = self.config.data.flip, self.unet.kernels
         address = (images, t, self.table, self.key, sample_index, flip)
@@ -100,37 +107,56 @@ class Trainer:
             prediction = self.unet(x_t, t, NoiseAddress(self.key, sample_index))
         return ops.noise_mse(prediction, *address, kernels=kernels)
 
+    def load_batch(self) -> None:
+        """Write this step's number and batch to where the step reads them."""
+        self.device_step.fill_(self.step)
+        images, sample_index = self.batch(self.step * len(self.images), len(self.images))
+        self.images.copy_(images)
+        self.sample_index.copy_(sample_index)
+
     def backward(self) -> Tensor:
-        """Compute the batch's loss and leave its gradients in the parameters, part by part."""
+        """Compute the loaded batch's loss and leave its gradients in the parameters, part by part."""
         training = self.config.training
         part = training.batch_size // training.accumulate
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for i in range(training.accumulate):
-            loss = self.losses(self.step * training.batch_size + i * part, part).sum() / training.batch_size
+        for images, sample_index in zip(self.images.split(part), self.sample_index.split(part), strict=True):
+            loss = self.losses_of_batch(images, sample_index).sum() / training.batch_size
             loss.backward()
             total += loss.detach()
         return total
 
     def train_step_no_sync(self) -> None:
         """Take one optimizer step; a step whose loss or gradient is not finite changes no weight, nor do later ones."""
+        self.load_batch()
+        if self.graphs is None:
+            self._move()
+        elif self._warm_ups < WARM_UP_STEPS:
+            self.graphs.warm_up(self._move)
+            self._warm_ups += 1
+        else:
+            self._replay = self._replay or self.graphs.capture(self._move)
+            self._replay()
+        self.loss_steps += 1
+        self.step += 1
+
+    def _move(self) -> None:
+        """Do all of a step's work on the device; what is captured."""
         training = self.config.training
         loss = self.backward()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        self.bad_step = torch.where((self.bad_step < 0) & bad, self.step, self.bad_step)
+        self.bad_step.copy_(torch.where((self.bad_step < 0) & bad, self.device_step, self.bad_step))
         latched = self.bad_step >= 0
-        self.rate.fill_(learning_rate(self.step, training))
+        self.rate.copy_(learning_rate(self.device_step, training))
         self.optimizer.found_inf = latched.float()  # pyright: ignore[reportAttributeAccessIssue]
         scale = (norm / training.clip_norm).clamp(min=1.0) if training.clip_norm else torch.ones_like(norm)
         self.optimizer.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
-        self._follow_no_sync(torch.where(latched, 1.0, ema_decay(self.step, training)))
+        self._follow_no_sync(torch.where(latched, 1.0, ema_decay(self.device_step, training).float()))
         self.loss_sum += loss
-        self.loss_steps += 1
-        self.gradient_norm = norm
-        self.step += 1
+        self.gradient_norm.copy_(norm)
 
     @torch.no_grad()
     def _follow_no_sync(self, decay: Tensor) -> None:
@@ -196,6 +222,8 @@ class Trainer:
     def name_the_bad_layer(self) -> str:
         """Run the latched step again (its noise has an address) and say where a value stops being finite."""
         self.step = int(self.bad_step)
+        self.load_batch()
+        self.losses_of_batch = self._losses_of_batch  # hooks are not seen in compiled code
         found: list[str] = []
         hooks = [
             module.register_forward_hook(_finite_hook(name, found))

@@ -174,6 +174,7 @@ class Batches:
 def test_a_step_is_adam_with_clipping_warm_up_and_ema():
     """One step against torch's plain Adam in float64, on gradients clipped by the textbook."""
     trainer = Trainer(with_training(TINY, clip_norm=0.01), Batches.batch, torch.device("cpu"))
+    trainer.load_batch()
     trainer.backward()
     truth = [p.detach().double().clone().requires_grad_() for p in trainer.parameters.values()]
     before = [p.detach().clone() for p in truth]
@@ -181,9 +182,9 @@ def test_a_step_is_adam_with_clipping_warm_up_and_ema():
         assert p.grad is not None
         parameter.grad = p.grad.double()
     torch.nn.utils.clip_grad_norm_(truth, 0.01)
-    torch.optim.Adam(truth, lr=learning_rate(0, trainer.config.training)).step()
+    torch.optim.Adam(truth, lr=float(learning_rate(torch.tensor(0), trainer.config.training))).step()
     trainer.train_step_no_sync()
-    decay = ema_decay(0, trainer.config.training)
+    decay = float(ema_decay(torch.tensor(0), trainer.config.training))
     for old, new, p, average in zip(before, truth, trainer.parameters.values(), trainer.ema.values(), strict=True):
         # Adam's first step divides a gradient by its own size: near zero, rounding decides.
         torch.testing.assert_close(p.double(), new, rtol=0, atol=2e-6)
@@ -192,8 +193,8 @@ def test_a_step_is_adam_with_clipping_warm_up_and_ema():
 
 def test_warm_ups():
     config = TrainingConfig(learning_rate=1.0, warmup_steps=4, ema_decay=0.99)
-    assert [learning_rate(step, config) for step in (0, 1, 3, 4, 100)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    assert [ema_decay(step, config) for step in (0, 8, 10**6)] == [0.1, 0.5, 0.99]
+    assert learning_rate(torch.tensor([0, 1, 3, 4, 100]), config).tolist() == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert ema_decay(torch.tensor([0, 8, 10**6]), config).tolist() == [0.1, 0.5, 0.99]
 
 
 def test_a_loss_that_does_not_fall_is_reported(tmp_path, monkeypatch, capsys):

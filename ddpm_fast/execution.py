@@ -1,0 +1,91 @@
+"""How to run: device, precision, kernels, compiling, capturing; and where compiled code is kept.
+
+Flags say what is allowed; the device says what of it there is.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+RECOMPILE_LIMIT = 64
+"""Shapes that one function may be compiled for in a process: a batch size each, and as many image sizes."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How steps are run."""
+
+    compiled: bool = False
+    """Compile with torch.compile, in static shapes."""
+    captured: bool = False
+    """Capture the step as a CUDA graph."""
+
+    def compile(self, function: F) -> F:
+        """Return the function compiled, if that is asked for."""
+        if not self.compiled:
+            return function
+        keep_compiled_code()
+        return cast(F, torch.compile(function, dynamic=False, fullgraph=True))
+
+
+EAGER = Execution()
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that "auto", "cpu" or "cuda" means here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the U-Net's arithmetic; auto is bfloat16 on GPUs with tensor cores for it (Ampere and later).
+
+    On a CPU without such units bfloat16 convolutions are about 56 times slower than float32: never auto there.
+    """
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        precision = "bf16" if fast else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def choose_tf32(precision: str) -> None:
+    """Let float32 products and convolutions of a GPU round their inputs to TF32, or forbid it: PyTorch allows half."""
+    allowed = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = allowed
+    torch.backends.cudnn.conv.fp32_precision = allowed  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def choose_kernels(wanted: bool) -> bool | None:
+    """Return what --kernels or --no-kernels means to `ops`: its rule, or plain PyTorch."""
+    return None if wanted else False
+
+
+def choose_execution(compile: bool, capture: bool, device: torch.device) -> Execution:
+    """Return what --no-compile and --no-capture leave on this device.
+
+    On a CPU steps run eagerly: there are no graphs, and what compiling gains there does not pay for its minutes.
+    """
+    on_gpu = device.type == "cuda"
+    return Execution(compiled=compile and on_gpu, captured=capture and on_gpu)
+
+
+def cache_directory() -> Path:
+    """Return where decoded images and compiled code live: $XDG_CACHE_HOME/ddpm-fast, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-fast"
+
+
+def keep_compiled_code() -> None:
+    """Keep what compilers make in the cache directory, so that a second run starts within seconds.
+
+    PyTorch's own place is below /tmp and does not survive a restart. Places that the user has set stay.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory() / "triton"))
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
