@@ -1,7 +1,8 @@
-"""What all launchers do alike: refuse by name what they cannot take, and give the same bits twice.
+"""What all launchers do alike: refuse by name, give the same bits twice, never wait, and run in a captured graph.
 
-Every tensor of every launcher is made wrong in each way, one at a time; what a single launcher refuses besides (an odd
-dim, groups that do not divide) is tested beside it. Shapes: N images, C channels, H x W pixels, G groups.
+Every tensor of every launcher is made wrong, or changed between two replays, one at a time; what a single launcher
+refuses besides (an odd dim, groups that do not divide) is tested beside it.
+Shapes: N images, C channels, H x W pixels, G groups.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,16 @@ from ddpm_fast.kernels.timestep_embedding import timestep_embedding  # noqa: E40
 
 N, C, H, W, G = 2, 8, 5, 7, 2
 
+
+def dropping(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an op take dropout's tensors by name like the others."""
+
+    def launch(key: Tensor, sample_index: Tensor, **others: Any) -> Any:
+        return op(**others, groups=G, dropout=(0.3, key, sample_index, 2))
+
+    return launch
+
+
 LAUNCHERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]] = {
     "q_sample": (q_sample, ("images", "t", "table", "key", "sample_index"), {"flip": True}),
     "noise_mse": (noise_mse, ("prediction", "images", "t", "table", "key", "sample_index"), {"flip": True}),
@@ -29,11 +40,15 @@ LAUNCHERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]]
         ("prediction", "grad", "images", "t", "table", "key", "sample_index"),
         {"flip": True},
     ),
-    "group_norm_silu": (group_norm_silu, ("x", "weight", "bias", "shift", "scale_shift"), {"groups": G}),
+    "group_norm_silu": (
+        dropping(group_norm_silu),
+        ("x", "weight", "bias", "shift", "scale_shift", "key", "sample_index"),
+        {},
+    ),
     "group_norm_silu_backward": (
-        group_norm_silu_backward,
-        ("x", "dy", "mean", "rstd", "weight", "bias", "shift", "scale_shift"),
-        {"groups": G},
+        dropping(group_norm_silu_backward),
+        ("x", "dy", "mean", "rstd", "weight", "bias", "shift", "scale_shift", "key", "sample_index"),
+        {},
     ),
     "reverse_step": (
         reverse_step,
@@ -60,25 +75,38 @@ def make(name: str, device: str) -> Tensor:
     return torch.rand(N, H, W, C, generator=generator).to(device).permute(0, 3, 1, 2)
 
 
-def launch(launcher: str, device: str, **instead: Tensor) -> tuple[Any, dict[str, Tensor]]:
-    """Return what a launcher returns, and its tensors, of which it may have written some."""
-    op, names, options = LAUNCHERS[launcher]
-    tensors = {name: make(name, device) for name in names} | instead
-    return op(**tensors, **options), tensors
+def change(tensor: Tensor) -> Tensor:
+    """Return other values that a launcher takes, words below 9 again."""
+    return tensor.sqrt() if tensor.is_floating_point() else (tensor + 1) % 9
 
 
-def outputs(launcher: str, device: str) -> list[Tensor]:
-    returned, tensors = launch(launcher, device)
-    values = returned if isinstance(returned, tuple) else (returned,)
-    written = [tensors[name] for name in ("x", "x0", "model_input") if launcher == "reverse_step"]
-    return [value for value in (*values, *written) if value is not None]
+def tensors_of(launcher: str, device: str) -> dict[str, Tensor]:
+    return {name: make(name, device) for name in LAUNCHERS[launcher][1]}
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in tensors.items()}
+
+
+def launch(launcher: str, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """Return what a launcher returns or writes."""
+    op, _, options = LAUNCHERS[launcher]
+    returned = op(**tensors, **options)
+    values = [*returned] if isinstance(returned, tuple) else [returned]
+    if launcher == "reverse_step":
+        values = [tensors[name] for name in ("x", "x0", "model_input")]
+    return values
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Return whether results agree bit for bit; NaN, with which all that is new begins, equals nothing."""
+    assert first
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_runs_agree_bit_for_bit_and_leave_nothing_out(launcher, device):
-    first, second = outputs(launcher, device), outputs(launcher, device)
-    assert first
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # NaN, with which all begin, is unequal
+    assert equal(*(launch(launcher, tensors_of(launcher, device)) for _ in range(2)))
 
 
 @pytest.mark.parametrize(("launcher", "name"), EVERY_TENSOR)
@@ -89,19 +117,19 @@ def test_a_wrong_shape_is_refused(launcher, name, device):
     elif launcher == "timestep_embedding":
         wrong = make(name, device)[None]
     with pytest.raises(ValueError, match=f"^{name} has shape .*: it takes"):
-        launch(launcher, device, **{name: wrong})
+        launch(launcher, tensors_of(launcher, device) | {name: wrong})
 
 
 @pytest.mark.parametrize(("launcher", "name"), EVERY_TENSOR)
 def test_a_wrong_dtype_is_refused(launcher, name, device):
     with pytest.raises(ValueError, match=f"^{name} is torch.complex64: it takes"):
-        launch(launcher, device, **{name: make(name, device).to(torch.complex64)})
+        launch(launcher, tensors_of(launcher, device) | {name: make(name, device).to(torch.complex64)})
 
 
 @pytest.mark.parametrize(("launcher", "name"), EVERY_TENSOR)
 def test_a_wrong_device_is_refused(launcher, name, device):
     with pytest.raises(ValueError, match=f"^{name} is on meta: it takes"):
-        launch(launcher, device, **{name: make(name, device).to("meta")})
+        launch(launcher, tensors_of(launcher, device) | {name: make(name, device).to("meta")})
 
 
 @pytest.mark.parametrize(("launcher", "name"), [pair for pair in EVERY_TENSOR if pair[1] != "step"])
@@ -110,7 +138,7 @@ def test_gaps_in_memory_are_refused(launcher, name, device):
     whole = make(name, device)
     gaps = torch.full((*whole.shape, 2), 113, dtype=whole.dtype, device=device)[..., 0].copy_(whole)
     with pytest.raises(ValueError, match=rf"^(x has strides .*, )?{name} has strides .*: it takes"):
-        launch(launcher, device, **{name: gaps})
+        launch(launcher, tensors_of(launcher, device) | {name: gaps})
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -118,7 +146,7 @@ def test_a_cpu_is_refused_outside_the_interpreter(launcher, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     first = LAUNCHERS[launcher][1][0]
     with pytest.raises(ValueError, match=f"^{first} is on cpu: it takes a CUDA device"):
-        launch(launcher, "cpu")
+        launch(launcher, tensors_of(launcher, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -127,4 +155,40 @@ def test_every_dtype_that_a_message_names_is_taken(launcher, dtype, device):
     """Where one tensor may have it, all that may have it do, but for those of float32 alone."""
     alone = {"table", "rows", "grad", "mean", "rstd", *(("x", "x0") if launcher == "reverse_step" else ())}
     names = [name for name in LAUNCHERS[launcher][1] if name not in WORDS and name not in alone]
-    launch(launcher, device, **{name: make(name, device).to(dtype) for name in names})
+    launch(launcher, tensors_of(launcher, device) | {name: make(name, device).to(dtype) for name in names})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_host_never_waits(launcher, device):
+    tensors = tensors_of(launcher, device)
+    launch(launcher, copies(tensors))  # compiles, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launch(launcher, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("launcher", "name"), [pair for pair in EVERY_TENSOR if pair[1] != "model_input"])
+def test_a_replayed_graph_reads_every_tensor_anew(launcher, name, device):
+    """Key, step and sample_index among them; model_input is only written."""
+    tensors = tensors_of(launcher, device)
+    launch(launcher, copies(tensors))  # compiles, which no capture survives
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = launch(launcher, tensors)
+
+    def replay(values: dict[str, Tensor]) -> list[Tensor]:
+        for place, value in values.items():
+            tensors[place].copy_(value)
+        graph.replay()
+        return [result.clone() for result in results]
+
+    given = tensors_of(launcher, device)
+    changed = given | {name: change(given[name])}
+    first, second = replay(given), replay(changed)
+    assert equal(first, launch(launcher, copies(given)))
+    assert equal(second, launch(launcher, copies(changed)))
+    assert not equal(first, second)
