@@ -72,13 +72,16 @@ def reverse_step_kernel(
         x = u * x0 + v * x + e * out
         if x0_ptr is not None:
             x += w * tl.load(x0_ptr + place, mask=real, other=0.0)
-            tl.store(x0_ptr + place, x0, mask=real)
         if NOISY:  # noqa: SIM102 - this is known when compiling, s is not
             if s != 0.0:
                 k0, k1 = load_key(key_ptr)
                 sample = load_word(sample_index_ptr + image)
                 c2 = (step + 1).to(tl.uint32)
                 x += s * tile_normals(first_pixel, group, sample, c2, SAMPLING, k0, k1, C, NHWC, BLOCK)
+        # Beside a 16-bit tensor a thread reads 8 neighbours but writes 4: another's, which that must have read before.
+        tl.debug_barrier()
+        if x0_ptr is not None:
+            tl.store(x0_ptr + place, x0, mask=real)
         tl.store(x_ptr + place, x, mask=real)
         if model_input_ptr is not None:
             tl.store(model_input_ptr + place, x, mask=real)

@@ -159,6 +159,7 @@ CASES = {
     "one image": FULL._replace(shape=(1, 32, 4, 4)),
     "three images": FULL._replace(shape=(3, 16, 2, 2)),
     "five images": FULL._replace(shape=(5, 8, 2, 3), groups=2),
+    "33 images, one more than are summed at a time": FULL._replace(shape=(33, 4, 1, 2), groups=2, probability=0.0),
     "one channel": FULL._replace(shape=(2, 1, 3, 3), groups=1),
     "three channels, three to a group: no 16-byte rows": FULL._replace(shape=(2, 3, 5, 3), groups=1),
     "six channels, two quads of noise": FULL._replace(shape=(1, 6, 3, 3), groups=2),

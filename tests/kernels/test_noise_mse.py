@@ -1,5 +1,7 @@
 """kernels/noise_mse.py, forward and backward, against the float64 reference."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,6 +109,18 @@ def test_any_shape(shape, last, images_last, flip, device, assert_within, noise_
         images_last=images_last,
         flip=flip,
     )
+
+
+@pytest.mark.parametrize("tiles", [1, 255, 256, 257, 600])
+def test_the_mean_is_taken_over_all_tiles(tiles, device):
+    """An image of 512 x 512 in colour has 512 of them: here their sums are made up."""
+    sums = torch.rand(2, tiles, generator=torch.Generator().manual_seed(tiles)).to(device)
+    t, loss = torch.tensor([1, 0], device=device), torch.full((2,), torch.nan, device=device)
+    table = torch.tensor([[0, 0, 0, 0, 0.5], [0, 0, 0, 0, 3.0]], device=device)
+    tensors: dict[str, Any] = {"loss_ptr": loss, "partial_ptr": sums, "t_ptr": t, "table_ptr": table}
+    module.noise_mse_mean_kernel[(2,)](**tensors, **{"elements": 7, "T": 2, "tiles": tiles, "num_warps": 1})
+    expected = torch.tensor([3.0, 0.5], device=device) * sums.double().sum(1) / 7
+    torch.testing.assert_close(loss.double(), expected, rtol=16 * 2.0**-24, atol=0)
 
 
 def test_a_t_outside_the_table_gives_nan(device):
