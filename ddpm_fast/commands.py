@@ -76,7 +76,8 @@ def train(config: Config, out: str, resume: bool) -> int:
         if status:
             return status
         run = Run(directory, config, dataset, found, _progress())
-    print(f"training {directory} on {device.type}: {config.training.steps} steps, {len(dataset)} images", flush=True)
+    how = f"{device.type}, {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"
+    print(f"training {directory} on {how}: {config.training.steps} steps, {len(dataset)} images", flush=True)
     started = time.perf_counter()
     try:
         with _enough_memory(device, batch_size):
@@ -153,7 +154,8 @@ def sample(arguments: SampleArguments) -> int:
     }
     with checkpoint.writing(directory):
         checkpoint.replace_file(directory / "samples.json", checkpoint.to_json(facts))
-    print(f"{arguments.count} images in {seconds:.1f} s: {directory} (grid.png shows them all)")
+    how = f"{device.type}, {facts['precision']}, {execution}"
+    print(f"{arguments.count} images in {seconds:.1f} s on {how}: {directory} (grid.png shows them all)")
     return 0
 
 

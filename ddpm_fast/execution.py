@@ -26,6 +26,11 @@ class Execution:
     captured: bool = False
     """Capture the step as a CUDA graph."""
 
+    def __str__(self) -> str:
+        """Say it in words."""
+        layers = [name for name, there in (("compiled", self.compiled), ("captured", self.captured)) if there]
+        return " and ".join(layers) or "eager"
+
     def compile(self, function: F) -> F:
         """Return the function compiled, if that is asked for."""
         if not self.compiled:
