@@ -1,6 +1,6 @@
 """What a time means: images/s, TFLOP/s and GB/s, and their shares of what this machine can reach."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,10 +76,7 @@ def scenario_figures(
         "seconds": taken.to_json(),
         "seconds_per_step": taken.map(lambda t: t / scenario.steps).to_json(),
         "images_per_s": scenario.images / taken.median,
+        "flop": flop,
+        "moved": moved,
         **rates(taken.median, flop, moved, ceilings),
     }
-
-
-def ceilings_to_json(ceilings: Ceilings | None) -> dict[str, Any] | None:
-    """Return the ceilings as a report keeps them."""
-    return asdict(ceilings) if ceilings else None

@@ -110,8 +110,9 @@ def noise_mse(config: Config, n: int, dtype: torch.dtype, clock: Clock, backward
         prediction.requires_grad_(backward)
 
         def call(op: Op) -> object:
-            losses = op(prediction, images, *arguments, flip=config.data.flip)
-            return torch.autograd.grad(losses.sum(), prediction) if backward else losses
+            with torch.set_grad_enabled(backward):
+                losses = op(prediction, images, *arguments, flip=config.data.flip)
+                return torch.autograd.grad(losses.sum(), prediction) if backward else losses
 
         return call
 
@@ -134,8 +135,9 @@ def group_norm_silu(norm: NormShape, groups: int, n: int, dtype: torch.dtype, cl
         x.requires_grad_(backward)
 
         def call(op: Op) -> object:
-            y = op(x, weight, bias, groups, shift=shift, silu=norm.silu)
-            return torch.autograd.grad(y, (x, weight, bias), dy) if backward else y
+            with torch.set_grad_enabled(backward):  # without gradients it is what sampling runs
+                y = op(x, weight, bias, groups, shift=shift, silu=norm.silu)
+                return torch.autograd.grad(y, (x, weight, bias), dy) if backward else y
 
         return call
 

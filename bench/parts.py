@@ -1,0 +1,96 @@
+"""Where the time of a step goes, read off PyTorch's profiler.
+
+On a CPU every operator's own time counts for the engine's op that called it, or by its name. On a GPU it is the
+kernels that count, by their names, since the replay of a graph has no operators.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench.clock import Clock, Work
+from ddpm_fast import ops
+
+OUTSIDE = "outside operators and kernels"
+
+# The first pattern that a name matches decides: the engine's own ops, then what the libraries call theirs.
+PARTS: tuple[tuple[str, str], ...] = (
+    ("noise and the reverse step", r"reverse_step"),
+    ("noise and the loss", r"q_sample|noise_mse"),
+    ("time embedding", r"timestep_embedding"),
+    ("GroupNorm and SiLU", r"group_norm|GroupNorm|native_group_norm|RowwiseMoments|ComputeInternalGradients|silu"),
+    ("attention", r"attention|flash|fmha|_sdpa"),
+    ("convolution", r"conv|fprop|dgrad|wgrad|cudnn.*nhwc|implicit_gemm|nchwToNhwc|nhwcToNchw"),
+    ("matrix product", r"addmm|aten::b?mm$|gemm|gemv|nvjet|cublas|splitK"),
+    ("optimizer and average", r"[Aa]dam|multi_tensor|_foreach|Optimizer|norm"),
+    ("fused by the compiler", r"^triton_"),
+)
+OTHER = "copies and elementwise"
+
+_OPS = ("q_sample", "noise_mse", "group_norm_silu", "timestep_embedding", "reverse_step")
+
+
+def part_of(name: str) -> str:
+    """Return the part of a step that an operator or a kernel belongs to."""
+    return next((part for part, pattern in PARTS if re.search(pattern, name)), OTHER)
+
+
+@contextmanager
+def _labelled_ops() -> Iterator[None]:
+    """Put the engine's op names into the profile, so that what an op calls counts for the op."""
+
+    def labelled(name: str):
+        op = getattr(ops, name)
+
+        def call(*args, **kwargs):
+            with record_function(f"op::{name}"):
+                return op(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in _OPS:
+            stack.enter_context(mock.patch.object(ops, name, labelled(name)))
+        yield
+
+
+def _name_on_cpu(event: FunctionEvent) -> str:
+    """Return the op, or the optimizer, around an operator, else its own name."""
+    name, parent = event.name, event.cpu_parent
+    while parent is not None:
+        if parent.name.startswith(("op::", "Optimizer.step")):
+            name = parent.name
+        parent = parent.cpu_parent
+    return name
+
+
+def time_by_part(work: Work, clock: Clock, calls: int = 1) -> dict[str, float]:
+    """Return the seconds that one call of warm work spends in each part, the longest first.
+
+    What no operator (on a CPU) and no kernel (on a GPU) accounts for is `OUTSIDE`: Python, launches and waiting.
+    """
+    on_gpu = clock.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    elapsed = clock.seconds(work, calls)  # without the profiler, which slows operators down
+    with _labelled_ops(), profile(activities=activities, acc_events=True) as profiled:
+        profiled_elapsed = clock.seconds(work, calls)
+    found: dict[str, float] = defaultdict(float)
+    for event in profiled.events() or ():
+        if on_gpu:
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+                found[part_of(event.name)] += event.self_device_time_total / 1e6 / calls
+        else:
+            found[part_of(_name_on_cpu(event))] += event.self_cpu_time_total / 1e6 / calls
+    if on_gpu:
+        found[OUTSIDE] = max(0.0, elapsed - sum(found.values()))
+    else:
+        found[OUTSIDE] = max(0.0, profiled_elapsed - sum(found.values()))
+        # A CPU's operators are slowed down about alike: their shares hold, their sum is brought back.
+        found = {part: seconds * elapsed / profiled_elapsed for part, seconds in found.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
