@@ -4,9 +4,11 @@ Device work is asynchronous: a clock that is read without waiting measures the l
 device's peak memory and how large a cache is, since work that fits in it measures the cache.
 """
 
+import gc
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,7 +55,7 @@ class Clock:
         return max((int(size.strip().rstrip("K")) * 1024 for size in sizes), default=32 * 2**20)
 
     def forget_peak(self) -> None:
-        """Start measuring the peak of memory anew."""
+        """Measure the peak of memory from now on."""
         path = Path("/proc/self/clear_refs")
         if path.exists() and os.access(path, os.W_OK):
             path.write_text("5")  # Linux: resets the process's VmHWM
@@ -64,8 +66,19 @@ class Clock:
         found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
         return int(found[1]) * 1024 if found else None
 
-    def free_memory(self) -> None:
-        """Return what earlier work left in the allocator, so that the next does not inherit it."""
+    def start_afresh(self) -> None:
+        """Drop what earlier work left behind: memory, its peak, and compiled code.
+
+        PyTorch compiles one function for eight shapes at most and then runs it from Python without a word.
+        """
+        if "torch._dynamo" in sys.modules:  # importing it takes a second
+            torch.compiler.reset()
+        gc.collect()
+        self.return_memory()
+        self.forget_peak()
+
+    def return_memory(self) -> None:
+        """Return what nothing uses to the device; on a CPU that has happened by itself."""
 
 
 class CudaClock(Clock):
@@ -107,7 +120,7 @@ class CudaClock(Clock):
         """Return the most memory that the allocator held, which counts the pools of captured graphs."""
         return torch.cuda.max_memory_reserved(self.device)
 
-    def free_memory(self) -> None:
+    def return_memory(self) -> None:
         torch.cuda.empty_cache()
 
 

@@ -51,8 +51,7 @@ def time_scenario(benchmark: BenchmarkFixture, ceilings: Ceilings, meter: Energy
     """Time a training step or a sampling loop, given how to build it."""
 
     def run(build: Callable[[], Scenario]) -> None:
-        CLOCK.free_memory()
-        CLOCK.forget_peak()
+        CLOCK.start_afresh()
         scenario = build()
         first = warm_up(scenario.work, CLOCK, 1 if DEVICE.type == "cpu" else WARM_UP_CALLS)
         benchmark.pedantic(scenario.work, rounds=SIZES.rounds)
@@ -77,6 +76,7 @@ def time_op(benchmark: BenchmarkFixture, ceilings: Ceilings) -> Callable[..., No
     """Time one form of an op."""
 
     def run(op_work: OpWork, form: Op) -> None:
+        CLOCK.start_afresh()
         work = op_work.work(form)
         warm_up(work, CLOCK, WARM_UP_CALLS)
         benchmark.pedantic(CLOCK.captured(work), rounds=10 * SIZES.rounds)

@@ -13,13 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ddpm_fast import ops
 from ddpm_fast.config import PRESETS, Config, SamplerConfig, TrainingConfig, UNetConfig, with_training
 from ddpm_fast.data import BatchSource, Dataset
 from ddpm_fast.loop import Loop
 from ddpm_fast.noise import NoiseAddress, key_from_seed
 from ddpm_fast.samplers import sampler_table
-from ddpm_fast.trainer import Trainer, choose_dtype, new_unet
+from ddpm_fast.trainer import Trainer, choose_dtype, choose_kernels, new_unet
 from ddpm_fast.unet import UNet
 
 CONFIGURATIONS: dict[str, Config] = {
@@ -56,8 +55,8 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def variants(device: torch.device) -> list[Variant]:
-    """Return the variants that this engine offers on a device, the simplest first."""
-    kernels = [False, True] if device.type == "cuda" and _takes(ops.group_norm_silu, "kernels") else [False]
+    """Return the variants that this engine offers on a device, the simplest first; a CPU has no kernels, no graphs."""
+    kernels = [False, True] if device.type == "cuda" else [False]
     modes: list[Mode] = ["eager"]
     if _takes(Loop.__init__, "compiled"):
         modes.append("compiled")
@@ -113,26 +112,16 @@ def train_step(config: Config, batch: int, variant: Variant, device: torch.devic
 
 
 def _loop(unet: UNet, config: Config, steps: int, variant: Variant, dtype: torch.dtype) -> Loop:
-    flags = {
-        "kernels": None if variant.kernels else False,  # None: the engine's own rule, which is what a user gets
-        "compiled": variant.mode != "eager",
-        "captured": variant.mode == "captured",
-    }
+    flags = {"compiled": variant.mode != "eager", "captured": variant.mode == "captured"}
     flags = {name: value for name, value in flags.items() if _takes(Loop.__init__, name)}
+    unet.use_kernels(choose_kernels(variant.kernels))
     table = sampler_table(config.diffusion, SamplerConfig(steps=steps))
     return Loop(unet, table, dtype, **flags)
 
 
-def sampling(
-    config: Config, batch: int, steps: int, variant: Variant, device: torch.device, unet: UNet | None = None
-) -> Scenario:
-    """Build one batch of the paper's sampler over K of its T steps; every call makes other images.
-
-    Args:
-        unet: to share weights between scenarios; by default a new one.
-    """
-    unet = unet or new_unet(config, device)
-    loop = _loop(unet, config, steps, variant, loop_dtype(device))
+def sampling(config: Config, batch: int, steps: int, variant: Variant, device: torch.device) -> Scenario:
+    """Build one batch of the paper's sampler over K of its T steps; every call makes other images."""
+    loop = _loop(new_unet(config, device), config, steps, variant, loop_dtype(device))
     key, numbers = key_from_seed(0, device), torch.arange(batch, device=device)
 
     def work() -> object:

@@ -33,6 +33,7 @@ def ceilings(visit: Visit) -> list[Row]:
 
 def op(visit: Visit, build: Callable[[], OpWork]) -> list[Row]:
     """Time the forms of an op in turns."""
+    visit.clock.start_afresh()
     on_gpu = visit.device.type == "cuda"
     op_work = build()
     works = {
@@ -51,8 +52,7 @@ def op(visit: Visit, build: Callable[[], OpWork]) -> list[Row]:
 
 
 def _scenario_row(visit: Visit, build: Callable[[], Scenario], variant: Variant) -> Row:
-    visit.clock.free_memory()
-    visit.clock.forget_peak()
+    visit.clock.start_afresh()
     scenario = build()
     first = warm_up(scenario.work, visit.clock, WARM_UP[variant.mode])
     taken = measure(scenario.work, visit.clock, visit.sizes.seconds)
@@ -91,6 +91,7 @@ def image_size(visit: Visit, size: Sampling, side: int) -> list[Row]:
 
 def parts(visit: Visit, size: Training, steps: int) -> list[Row]:
     """Break a step down: an optimizer step for steps = 0, else a sampling loop of so many steps."""
+    visit.clock.start_afresh()
     config, variant = CONFIGURATIONS[size.configuration], default_variant(visit.device)
     if steps:
         scenario = sampling(config, size.batch, steps, variant, visit.device)
@@ -105,7 +106,7 @@ def parts(visit: Visit, size: Training, steps: int) -> list[Row]:
 def peers(visit: Visit, size: Training, steps: int, who: list[Contender]) -> list[Row]:
     """Time contenders in turns: an optimizer step for steps = 0, else a sampling loop of so many steps."""
     config, device = CONFIGURATIONS[size.configuration], visit.device
-    visit.clock.free_memory()
+    visit.clock.start_afresh()
     builds: dict[str, Callable[[], Any]] = {}
     for one in who:
         if steps:
@@ -123,7 +124,7 @@ def peers(visit: Visit, size: Training, steps: int, who: list[Contender]) -> lis
 def first(visit: Visit, kind: Kind, size: Training) -> list[Row]:
     """Time the first step of a fresh process, cold and warm."""
     what = f"{kind}, {size.configuration}, batch {size.batch}, {default_variant(visit.device)}"
-    visit.clock.free_memory()
+    visit.clock.start_afresh()
     return [{"what": what} | time_first_step(kind, size.configuration, size.batch)]
 
 

@@ -4,7 +4,6 @@ One call of an op's work runs the op on several sets of inputs, together larger 
 on one set, it is the cache that would be measured. Shapes: N images, C channels, H x W pixels, K steps.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,12 +54,11 @@ class OpWork:
 
 def forms(op: Op, kernels: bool, compiled: bool) -> dict[str, Op]:
     """Return the op in plain PyTorch, and as asked what torch.compile makes of that and the Triton kernel."""
-    takes_kernels = "kernels" in inspect.signature(op).parameters
-    reference = partial(op, kernels=False) if takes_kernels else op
+    reference = partial(op, kernels=False)
     found: dict[str, Op] = {"reference": reference}
     if compiled:
         found["compiled reference"] = torch.compile(reference, dynamic=False)
-    if kernels and takes_kernels:
+    if kernels:
         found["kernel"] = partial(op, kernels=True)
     return found
 
