@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.samples import Samples
+from ddpm_fast.capture import CudaGraphs
 
 Work = Callable[[], object]
 """One call is what is timed."""
@@ -99,16 +100,14 @@ class CudaClock(Clock):
 
     def captured(self, work: Work) -> Work:
         """Return the replay of a graph of the work: short kernels are otherwise hidden behind their launches."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # capture needs what is made on first use (handles, plans) to exist
-            for _ in range(3):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graphs = CudaGraphs(self.device)
+
+        def run() -> None:
             work()
-        return graph.replay
+
+        for _ in range(3):
+            graphs.warm_up(run)
+        return graphs.capture(run)
 
     def cache_bytes(self) -> int:
         return torch.cuda.get_device_properties(self.device).L2_cache_size

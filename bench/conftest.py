@@ -8,18 +8,19 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.clock import clock_for, warm_up
 from bench.energy import EnergyMeter, energy_meter
-from bench.engine import Scenario, loop_dtype
+from bench.engine import Scenario, Variant, default_variant, loop_dtype, variants
 from bench.figures import Ceilings, copy_rate, matrix_rate, rates, scenario_figures
 from bench.machine import commit, machine
+from bench.measurements import WARM_UP
 from bench.op_work import Op, OpWork
 from bench.samples import Samples
 from bench.sizes import sizes_for
-from ddpm_fast.trainer import choose_device
+from ddpm_fast.execution import choose_device
 
 DEVICE = choose_device("auto")
 CLOCK = clock_for(DEVICE)
 SIZES = sizes_for(DEVICE)
-WARM_UP_CALLS = 3  # compiling, capturing and the first replay
+VARIANTS = variants(DEVICE) if DEVICE.type == "cuda" else [default_variant(DEVICE)]  # a CPU compiles for minutes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,10 +51,10 @@ def meter() -> EnergyMeter:
 def time_scenario(benchmark: BenchmarkFixture, ceilings: Ceilings, meter: EnergyMeter) -> Callable[..., None]:
     """Time a training step or a sampling loop, given how to build it."""
 
-    def run(build: Callable[[], Scenario]) -> None:
+    def run(build: Callable[[], Scenario], variant: Variant) -> None:
         CLOCK.start_afresh()
         scenario = build()
-        first = warm_up(scenario.work, CLOCK, 1 if DEVICE.type == "cpu" else WARM_UP_CALLS)
+        first = warm_up(scenario.work, CLOCK, WARM_UP[variant.mode])
         benchmark.pedantic(scenario.work, rounds=SIZES.rounds)
         if benchmark.stats is None:  # --benchmark-disable
             return
@@ -78,7 +79,7 @@ def time_op(benchmark: BenchmarkFixture, ceilings: Ceilings) -> Callable[..., No
     def run(op_work: OpWork, form: Op) -> None:
         CLOCK.start_afresh()
         work = op_work.work(form)
-        warm_up(work, CLOCK, WARM_UP_CALLS)
+        warm_up(work, CLOCK, WARM_UP["compiled"])
         benchmark.pedantic(CLOCK.captured(work), rounds=10 * SIZES.rounds)
         if benchmark.stats is None:
             return

@@ -4,22 +4,22 @@ A benchmark asks for a scenario by configuration and variant. Variants that the 
 not offer are left out by `variants`. Shapes: N images, C channels, H x W pixels, K steps.
 """
 
-import dataclasses
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
 
+from ddpm_fast import loop as engine_loop
 from ddpm_fast.config import PRESETS, Config, SamplerConfig, TrainingConfig, UNetConfig, with_training
 from ddpm_fast.data import BatchSource, Dataset
-from ddpm_fast.loop import Loop
+from ddpm_fast.execution import Execution, choose_dtype, choose_kernels
+from ddpm_fast.loop import GRAPH_STEPS, Loop
 from ddpm_fast.noise import NoiseAddress, key_from_seed
 from ddpm_fast.samplers import sampler_table
-from ddpm_fast.trainer import Trainer, choose_dtype, choose_kernels, new_unet
-from ddpm_fast.unet import UNet
+from ddpm_fast.trainer import Trainer, new_unet
 
 CONFIGURATIONS: dict[str, Config] = {
     "digits": PRESETS["digits"],
@@ -45,24 +45,23 @@ class Variant:
     """Triton kernels, or the reference in plain PyTorch."""
     mode: Mode
     """eager: from Python; compiled: by torch.compile; captured: compiled and replayed as CUDA graphs."""
+    graph_steps: int = GRAPH_STEPS
+    """Sampling steps in one captured graph."""
 
     def __str__(self) -> str:
-        return f"{self.mode}-{'kernels' if self.kernels else 'reference'}"
+        graph = f"-{self.graph_steps}-step-graph" if self.graph_steps != GRAPH_STEPS else ""
+        return f"{self.mode}-{'kernels' if self.kernels else 'reference'}{graph}"
 
-
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    return name in inspect.signature(function).parameters
+    @property
+    def execution(self) -> Execution:
+        """The engine's word for the mode."""
+        return Execution(compiled=self.mode != "eager", captured=self.mode == "captured")
 
 
 def variants(device: torch.device) -> list[Variant]:
-    """Return the variants that this engine offers on a device, the simplest first; a CPU has no kernels, no graphs."""
-    kernels = [False, True] if device.type == "cuda" else [False]
-    modes: list[Mode] = ["eager"]
-    if _takes(Loop.__init__, "compiled"):
-        modes.append("compiled")
-    if _takes(Loop.__init__, "captured") and device.type == "cuda":
-        modes.append("captured")
-    return [Variant(k, mode) for mode in modes for k in kernels]
+    """Return the variants that the engine offers on a device, the simplest first; a CPU has no kernels, no graphs."""
+    modes: list[Mode] = ["eager", "compiled", "captured"] if device.type == "cuda" else ["eager", "compiled"]
+    return [Variant(k, mode) for mode in modes for k in ([False, True] if device.type == "cuda" else [False])]
 
 
 def default_variant(device: torch.device) -> Variant:
@@ -99,34 +98,22 @@ def synthetic_batches(unet: UNetConfig, device: torch.device, count: int = 2048)
 
 def train_step(config: Config, batch: int, variant: Variant, device: torch.device) -> Scenario:
     """Build one optimizer step: gather, augment, noise, forward, loss, backward, clip, Adam, EMA."""
-    flags = {
-        "kernels": variant.kernels,
-        "compile": variant.mode != "eager",
-        "capture": variant.mode == "captured",
-    }
-    known = {field.name for field in dataclasses.fields(TrainingConfig)}
-    flags = {name: value for name, value in flags.items() if name in known}
-    config = with_training(config, batch_size=batch, device=device.type, **flags)
-    trainer = Trainer(config, synthetic_batches(config.unet, device).batch, device)
+    config = with_training(config, batch_size=batch, device=device.type, kernels=variant.kernels)
+    trainer = Trainer(config, synthetic_batches(config.unet, device).batch, device, variant.execution)
     return Scenario(trainer.train_step_no_sync, batch, 1, config.unet, training=True)
-
-
-def _loop(unet: UNet, config: Config, steps: int, variant: Variant, dtype: torch.dtype) -> Loop:
-    flags = {"compiled": variant.mode != "eager", "captured": variant.mode == "captured"}
-    flags = {name: value for name, value in flags.items() if _takes(Loop.__init__, name)}
-    unet.use_kernels(choose_kernels(variant.kernels))
-    table = sampler_table(config.diffusion, SamplerConfig(steps=steps))
-    return Loop(unet, table, dtype, **flags)
 
 
 def sampling(config: Config, batch: int, steps: int, variant: Variant, device: torch.device) -> Scenario:
     """Build one batch of the paper's sampler over K of its T steps; every call makes other images."""
-    loop = _loop(new_unet(config, device), config, steps, variant, loop_dtype(device))
+    unet = new_unet(config, device).use_kernels(choose_kernels(variant.kernels))
+    table = sampler_table(config.diffusion, SamplerConfig(steps=steps))
+    loop = Loop(unet, table, loop_dtype(device), variant.execution)
     key, numbers = key_from_seed(0, device), torch.arange(batch, device=device)
 
     def work() -> object:
         numbers.add_(batch)
-        return loop.run(NoiseAddress(key, numbers))
+        with mock.patch.object(engine_loop, "GRAPH_STEPS", variant.graph_steps):
+            return loop.run(NoiseAddress(key, numbers))
 
     return Scenario(work, batch, steps, config.unet, training=False)
 

@@ -13,9 +13,10 @@ from bench.parts import time_by_part
 from bench.peers import OURS, Contender, compare
 from bench.sizes import Sampling, Training
 from bench.visit import Row, Visit
+from ddpm_fast.trainer import WARM_UP_STEPS
 
-COMPILED_WARM_UP = 3  # compiling, capturing and the first replay
-WARM_UP = {"eager": 1, "compiled": COMPILED_WARM_UP, "captured": COMPILED_WARM_UP}
+WARM_UP = {"eager": 1, "compiled": 3, "captured": WARM_UP_STEPS + 2}
+"""Calls before a scenario is timed: compiling, what capturing needs, capturing, and the first replay."""
 
 
 def ceilings(visit: Visit) -> list[Row]:
@@ -41,7 +42,7 @@ def op(visit: Visit, build: Callable[[], OpWork]) -> list[Row]:
         for name, form in forms(op_work.op, kernels=on_gpu, compiled=on_gpu).items()
     }
     for work in works.values():
-        warm_up(work, visit.clock, COMPILED_WARM_UP)
+        warm_up(work, visit.clock, WARM_UP["compiled"])
     rows = []
     for name, samples in interleave(works, visit.clock, visit.sizes.seconds / 10).items():
         taken = samples.map(lambda t: t / len(op_work.sets))

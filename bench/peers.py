@@ -15,8 +15,11 @@ from bench.engine import default_variant, sampling, train_step
 from bench.peer_diffusers import Tuning
 from bench.samples import ratio
 from ddpm_fast.config import Config
+from ddpm_fast.trainer import WARM_UP_STEPS
 
 OURS = "ddpm-fast"
+WARM_UP = {"cpu": 1, "cuda": WARM_UP_STEPS + 2}
+"""Calls before the first round: on a GPU some compile and capture."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def compare(builds: Mapping[str, Callable[[], Work]], clock: Clock, seconds: flo
     for name, build in builds.items():
         try:
             works[name] = build()
-            rows[name]["first_call_seconds"] = warm_up(works[name], clock, 3 if clock.device.type == "cuda" else 1)
+            rows[name]["first_call_seconds"] = warm_up(works[name], clock, WARM_UP[clock.device.type])
         except Exception as error:  # whatever a peer stumbles over is its row, not this report's end
             if name == OURS:
                 raise

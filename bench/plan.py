@@ -1,6 +1,7 @@
 """What a visit measures, in order of importance; each with its name, its group and what it will cost."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from bench import measurements
@@ -13,6 +14,9 @@ from bench.visit import COMPILE_SECONDS, Measurement, Visit
 
 EAGER_STEPS = 50
 """Of a sampling loop whose every step is launched from Python: enough to tell what a step costs."""
+
+GRAPH_STEPS = (1, 100)
+"""Steps in one captured graph, beside the engine's own choice."""
 
 
 def _ceilings(visit: Visit) -> Iterator[Measurement]:
@@ -130,13 +134,14 @@ def plan(visit: Visit) -> list[Measurement]:
     cheap = [variant for variant in others if variant.mode == "eager" or visit.device.type == "cuda"]
     dear = [variant for variant in others if variant not in cheap]  # on a CPU compiling takes a minute and more
     loops, trained = visit.sizes.report_sampling, visit.sizes.report_training
+    graphs = [replace(default, graph_steps=steps) for steps in GRAPH_STEPS if default.mode == "captured"]
     compiled_peers = list(_all_peers(visit, compiled=True))
     on_gpu = visit.device.type == "cuda"
     return [
         *_ceilings(visit),
         *_ops(visit),
         *(_loop(visit, size, default) for size in loops),
-        *(_loop(visit, loops[0], variant) for variant in cheap),
+        *(_loop(visit, loops[0], variant) for variant in [*cheap, *graphs]),
         *(_training(visit, size, default) for size in trained),
         *(_training(visit, trained[0], variant) for variant in cheap),
         *_parts(visit),

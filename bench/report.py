@@ -26,7 +26,7 @@ from bench.peers import one_line
 from bench.plan import plan
 from bench.plots import draw_plots
 from bench.visit import Budget, Measurement, Visit
-from ddpm_fast.trainer import choose_device
+from ddpm_fast.execution import choose_device
 
 PAGE_SECONDS = 10.0
 """Kept back for the plots."""

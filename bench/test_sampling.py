@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 
-from bench.conftest import DEVICE, SIZES
-from bench.engine import CONFIGURATIONS, Variant, sampling, variants
+from bench.conftest import DEVICE, SIZES, VARIANTS
+from bench.engine import CONFIGURATIONS, Variant, sampling
 from bench.sizes import Sampling
 
 
@@ -14,7 +14,9 @@ def name(size: Sampling) -> str:
     return f"{size.configuration}-batch{size.batch}-{size.steps}steps"
 
 
-@pytest.mark.parametrize("variant", variants(DEVICE), ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("size", SIZES.sampling, ids=name)
 def test_sampling(time_scenario: Callable[..., None], size: Sampling, variant: Variant) -> None:
-    time_scenario(partial(sampling, CONFIGURATIONS[size.configuration], size.batch, size.steps, variant, DEVICE))
+    time_scenario(
+        partial(sampling, CONFIGURATIONS[size.configuration], size.batch, size.steps, variant, DEVICE), variant
+    )
