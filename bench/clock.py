@@ -74,7 +74,6 @@ class Clock:
         """
         if "torch._dynamo" in sys.modules:  # importing it takes a second
             torch.compiler.reset()
-        gc.collect()
         self.return_memory()
         self.forget_peak()
 
@@ -120,6 +119,7 @@ class CudaClock(Clock):
         return torch.cuda.max_memory_reserved(self.device)
 
     def return_memory(self) -> None:
+        gc.collect()  # cycles hold tensors too
         torch.cuda.empty_cache()
 
 

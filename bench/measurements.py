@@ -21,8 +21,8 @@ WARM_UP = {"eager": 1, "compiled": 3, "captured": WARM_UP_STEPS + 2}
 
 def ceilings(visit: Visit) -> list[Row]:
     """Measure the two ceilings and leave them with the visit."""
-    copied = copy_rate(visit.clock, 2.0, visit.sizes.copy_megabytes)
-    multiplied = matrix_rate(visit.clock, 2.0, visit.dtype, visit.sizes.matrix_side)
+    copied = copy_rate(visit.clock, visit.sizes.seconds / 2, visit.sizes.copy_megabytes)
+    multiplied = matrix_rate(visit.clock, visit.sizes.seconds / 2, visit.dtype, visit.sizes.matrix_side)
     dtype = str(visit.dtype).removeprefix("torch.")
     visit.ceilings = Ceilings(copied.median, multiplied.median, dtype)
     side = visit.sizes.matrix_side

@@ -70,6 +70,7 @@ def _head(report: Row) -> list[str]:
         + (f"; CUDA {machine['cuda']}, {machine['memory_gb']} GB" if machine["type"] == "cuda" else "")
         + ".",
         "",
+        f"Load average when it began: {report['load']}. "
         "Times are medians over n rounds after warm-up, with the first and the third quartile in brackets. "
         + (
             "They are taken by events on the device; short ops as replays of a CUDA graph."

@@ -20,13 +20,13 @@ GRAPH_STEPS = (1, 100)
 
 
 def _ceilings(visit: Visit) -> Iterator[Measurement]:
-    yield Measurement("ceilings", "ceilings", lambda: 6.0, lambda: measurements.ceilings(visit))
+    yield Measurement("ceilings", "ceilings", lambda: 2 + visit.sizes.seconds, lambda: measurements.ceilings(visit))
 
 
 def _ops(visit: Visit) -> Iterator[Measurement]:
     size = visit.sizes.ops
     compiling = 8.0 if visit.device.type == "cuda" else 0.0
-    found = builders(CONFIGURATIONS[size.configuration], size.batch, visit.dtype, visit.clock)
+    found = builders(CONFIGURATIONS[size.configuration], size.batch, visit.dtype, visit.clock, visit.sizes.norms)
     for name, build in found.items():
         cost = compiling + 2 + visit.sizes.seconds / 10
         yield Measurement(f"ops/{name}", "ops", lambda cost=cost: cost, partial(measurements.op, visit, build))

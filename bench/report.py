@@ -51,6 +51,7 @@ def new_report(visit: Visit) -> Report:
         "sources": sources(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
+        "load": round(os.getloadavg()[0], 1),
         "measurements": {},
         "left_out": [],
     }
