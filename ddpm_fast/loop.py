@@ -31,7 +31,7 @@ MOST_STAGES = 4
 COMPARED_STEPS = 3
 """Steps, from the middle of the table, over which a captured loop is compared with the eager one on first use."""
 DIFFERENCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
-"""Relative difference between the outputs that is still rounding: other algorithms, fused ones and TF32 round otherwise."""
+"""Relative difference of outputs that is still rounding: other algorithms, fused ones and TF32 round otherwise."""
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], None]
