@@ -4,8 +4,8 @@ Shapes: N images, C channels, H x W pixels.
 """
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_IMAGE = 2**31 - 2**16
@@ -15,7 +15,7 @@ LARGEST_GRID = 2**31 - 1
 
 def check_device(name: str, value: Tensor) -> None:
     """Raise ValueError unless kernels run where the tensor lies: a GPU, or a CPU under Triton's interpreter."""
-    if not (value.is_cuda or (value.device.type == "cpu" and triton.knobs.runtime.interpret)):
+    if not (value.is_cuda or (value.device.type == "cpu" and knobs.runtime.interpret)):
         raise ValueError(f"{name} is on {value.device}: it takes a CUDA device")
 
 

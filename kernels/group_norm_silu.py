@@ -42,14 +42,14 @@ from ddpm_fast.kernels.group_norm_tiles import (
 
 @triton.jit
 def slice_moments(
-    base, pixels, shift, channel, real, member,
-    C: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, ONE: tl.constexpr,
+    base, pixels, shift, channel, real, place,
+    C: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """Return x + shift - pivot of the slice's first tile, its mask, and pivot, mean - pivot and M2 [BLOCK_G]."""
     x, mask = load_tile(base, 0, pixels, channel, real, C, BLOCK_P, "evict_last")
     first = tl.where(mask, x + shift[None, :], 0.0)
-    pivot = by_group(tl.sum(first, axis=0), member) / (tl.minimum(pixels, BLOCK_P) * (1.0 * D))
-    pivot_c = by_channel(pivot, member)
+    pivot = by_group(tl.sum(first, axis=0), place, BLOCK_G) / (tl.minimum(pixels, BLOCK_P) * (1.0 * D))
+    pivot_c = by_channel(pivot, place)
     first = tl.where(mask, first - pivot_c[None, :], 0.0)
     total, squares = first, first * first
     if not ONE:
@@ -59,8 +59,8 @@ def slice_moments(
             total += deviation
             squares += deviation * deviation
     count = pixels * (1.0 * D)
-    beyond = by_group(tl.sum(total, axis=0), member) / count
-    m2 = by_group(tl.sum(squares, axis=0), member) - count * beyond * beyond
+    beyond = by_group(tl.sum(total, axis=0), place, BLOCK_G) / count
+    m2 = by_group(tl.sum(squares, axis=0), place, BLOCK_G) - count * beyond * beyond
     return first, mask, pivot, beyond, tl.maximum(m2, 0.0)
 
 
@@ -111,12 +111,12 @@ def statistics_kernel(
 ):
     D: tl.constexpr = C // G
     image, index, block = locate(SLICES, BLOCKS, False)
-    channel, real, group, real_group, member = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
+    channel, real, place, group, real_group = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
     shift_c = per_channel_or(shift, image * shift_stride, channel, real, 0.0)
     base = x + (image * HW + first_pixel) * C
-    _, _, pivot, beyond, m2 = slice_moments(base, pixels, shift_c, channel, real, member, C, D, BLOCK_P, False)
+    _, _, pivot, beyond, m2 = slice_moments(base, pixels, shift_c, channel, real, place, C, D, BLOCK_G, BLOCK_P, False)
     row = partials + (image * SLICES + index) * (3 * G) + group
     tl.store(row, pivot, mask=real_group)
     tl.store(row + G, beyond, mask=real_group)
@@ -157,7 +157,7 @@ def normalize_kernel(
 ):
     D: tl.constexpr = C // G
     image, index, block = locate(SLICES, BLOCKS, SLICES > 1)
-    channel, real, group, real_group, member = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
+    channel, real, place, group, real_group = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
     shift_c = per_channel_or(shift, image * shift_stride, channel, real, 0.0)
@@ -167,7 +167,9 @@ def normalize_kernel(
     if SLICES > 1:
         mean_g, m2 = combine_moments(partials, image, group, real_group, HW, slice_pixels, G, D, SLICES, BLOCK_S)
     else:
-        first, mask, pivot, beyond, m2 = slice_moments(x, pixels, shift_c, channel, real, member, C, D, BLOCK_P, ONE)
+        first, mask, pivot, beyond, m2 = slice_moments(
+            x, pixels, shift_c, channel, real, place, C, D, BLOCK_G, BLOCK_P, ONE
+        )
         mean_g = pivot + beyond
     rstd_g = 1.0 / tl.sqrt(m2 / (HW * (1.0 * D)) + eps)
     if index == 0:
@@ -175,17 +177,18 @@ def normalize_kernel(
         tl.store(rstd + image * G + group, rstd_g, mask=real_group)
 
     w, b, scale, offset = affine(weight, bias, scale_shift, image, channel, real, C)
-    gain = by_channel(rstd_g, member) * w * scale
+    gain = by_channel(rstd_g, place) * w * scale
     offset += b * scale
     noise = (key, sample_index, layer, image, block * (BLOCK_GROUPS * D), THRESHOLD, KEEP_SCALE)
     if ONE:
-        value = (first - by_channel(beyond, member)[None, :]) * gain[None, :] + offset[None, :]
+        # What is beyond the pivot is rounding here, so nothing cancels in its product.
+        value = first * gain[None, :] + (offset - by_channel(beyond, place) * gain)[None, :]
         store_tile(y, 0, activate(value, noise, 0, SILU), mask, channel, C, BLOCK_P)
     else:
-        mean_c = by_channel(mean_g, member)
+        mean_c = by_channel(mean_g, place) - shift_c
         for start in range(0, pixels, BLOCK_P):
             h, mask = load_tile(x, start, pixels, channel, real, C, BLOCK_P, "evict_first")
-            value = (h + shift_c[None, :] - mean_c[None, :]) * gain[None, :] + offset[None, :]
+            value = (h - mean_c[None, :]) * gain[None, :] + offset[None, :]
             value = activate(value, noise, first_pixel + start, SILU)
             store_tile(y, start, value, mask, channel, C, BLOCK_P)
 
@@ -220,7 +223,7 @@ def group_norm_silu(
     """
     N, C, HW = check_inputs(x, weight, bias, groups, shift, scale_shift, dropout)
     random = dropout_arguments(dropout)
-    chosen = chosen or plan(HW, C, groups, x.element_size(), dropout=random["key"] is not None)
+    chosen = chosen or plan(HW, C, groups, x.element_size())
     shared = sizes(chosen, C, groups)
     grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
     shared |= shift_arguments(shift) | {"HW": HW, "slice_pixels": chosen.slice_pixels, "num_warps": chosen.num_warps}

@@ -69,11 +69,12 @@ def load_gradient(
 @triton.jit
 def normal_of(mean, rstd, weight, bias, shift, scale_shift, image, where, C: tl.constexpr, G: tl.constexpr):
     """Return rstd [BLOCK_C], and what `load_gradient` calls normal; shift: pointer and stride."""
-    channel, real, group, real_group, member = where
+    channel, real, _, _, _ = where
     w, b, scale, offset = affine(weight, bias, scale_shift, image, channel, real, C)
-    mean_c = by_channel(tl.load(mean + image * G + group, mask=real_group, other=0.0), member)
-    rstd_c = by_channel(tl.load(rstd + image * G + group, mask=real_group, other=0.0), member)
-    mean_c -= per_channel_or(shift[0], image * shift[1], channel, real, 0.0)
+    of_group = image * G + channel // (C // G)
+    rstd_c = tl.load(rstd + of_group, mask=real, other=0.0)
+    shift_c = per_channel_or(shift[0], image * shift[1], channel, real, 0.0)
+    mean_c = tl.load(mean + of_group, mask=real, other=0.0) - shift_c
     return rstd_c, (mean_c, rstd_c * w * scale, b * scale + offset)
 
 
@@ -172,7 +173,7 @@ def input_gradient_kernel(
 ):  # fmt: skip
     image, index, block = locate(SLICES, BLOCKS, SLICES > 1)
     where = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
-    channel, real, _, _, member = where
+    channel, real, place, _, _ = where
     rstd_c, normal = normal_of(mean, rstd, weight, bias, (shift, shift_stride), scale_shift, image, where, C, G)
     _, slope, _ = normal
     noise = (key, sample_index, layer, image, block * (BLOCK_GROUPS * (C // G)), THRESHOLD, KEEP_SCALE)
@@ -190,9 +191,8 @@ def input_gradient_kernel(
             x, dy, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, ONE, SILU
         )
     members = HW * (1.0 * (C // G))
-    c1 = by_channel(by_group(slope * a, member) / members, member)
-    c2 = by_channel(by_group(slope * b, member) / members, member) * (rstd_c * rstd_c)
-
+    c1 = by_channel(by_group(slope * a, place, BLOCK_G) / members, place)
+    c2 = by_channel(by_group(slope * b, place, BLOCK_G) / members, place) * (rstd_c * rstd_c)
     if ONE:
         value = db * slope[None, :] - c1[None, :] - u * c2[None, :]
         store_tile(dx, 0, value, mask, channel, C, BLOCK_P)
@@ -274,7 +274,7 @@ def group_norm_silu_backward(
     checks.check_dense("mean", mean, (N, groups), (torch.float32,), x.device)
     checks.check_dense("rstd", rstd, (N, groups), (torch.float32,), x.device)
     random = dropout_arguments(dropout)
-    chosen = chosen or plan(HW, C, groups, x.element_size(), 2, random["key"] is not None)
+    chosen = chosen or plan(HW, C, groups, x.element_size(), 2)
     shared = sizes(chosen, C, groups) | random
     grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
     shared |= {"x": x, "dy": dy, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias}

@@ -21,8 +21,9 @@ from torch import Tensor
 from ddpm_fast.kernels import checks
 from ddpm_fast.kernels.philox import DROPOUT, GROUP, load_key, load_word, philox4x32
 
-REGISTER_TILE = 16384  # elements of all inputs together that a program keeps in registers, 64 a thread
-LOOP_TILE = 4096  # elements of all inputs together, at a time, of a program that loops: 16 a thread
+REGISTER_TILE = 16384  # elements of all inputs together that a program keeps in registers
+WARP_TILE = 1024  # of them a warp's, 32 a thread: with 64, ptxas took 130 to 240 registers, or spilt a few
+LOOP_TILE_BYTES = 8 * 1024  # of all inputs together, at a time, of a program that loops: two vectors a thread
 LOOP_BYTES = 128 * 1024  # what a program may read twice: four a multiprocessor then still fit in an H100's 50 MB of L2
 SLICE_BYTES = 32 * 1024
 ROW_BYTES = (32, 64)  # of a pixel's row in a block: at least a memory sector, and two where there is room
@@ -44,24 +45,25 @@ def channel_block(
     block,
     C: tl.constexpr, G: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Return channel and whether it is real [BLOCK_C], group and whether real [BLOCK_G], members [BLOCK_G, BLOCK_C]."""
+    """Return channel, whether it is real and its group's place [BLOCK_C], group and whether it is real [BLOCK_G]."""
     D: tl.constexpr = C // G
-    lane, member_of = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_G)
-    channel, group = block * (BLOCK_GROUPS * D) + lane, block * BLOCK_GROUPS + member_of
-    real, real_group = (lane < BLOCK_GROUPS * D) & (channel < C), (member_of < BLOCK_GROUPS) & (group < G)
-    return channel, real, group, real_group, (lane // D)[None, :] == member_of[:, None]
+    lane, place = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_G)
+    channel, group = block * (BLOCK_GROUPS * D) + lane, block * BLOCK_GROUPS + place
+    real, real_group = (lane < BLOCK_GROUPS * D) & (channel < C), (place < BLOCK_GROUPS) & (group < G)
+    return channel, real, lane // D, group, real_group
 
 
 @triton.jit
-def by_group(per_channel, member):
-    """Sum [BLOCK_C] over the members of each group: [BLOCK_G]."""
+def by_group(per_channel, place, BLOCK_G: tl.constexpr):
+    """Sum [BLOCK_C] over the channels of each group: [BLOCK_G]."""
+    member = place[None, :] == tl.arange(0, BLOCK_G)[:, None]
     return tl.sum(tl.where(member, per_channel[None, :], 0.0), axis=1)
 
 
 @triton.jit
-def by_channel(per_group, member):
-    """Hand each channel its group's value: [BLOCK_G] -> [BLOCK_C]; exact, as one term is not zero."""
-    return tl.sum(tl.where(member, per_group[:, None], 0.0), axis=0)
+def by_channel(per_group, place):
+    """Hand each channel its group's value: [BLOCK_G] -> [BLOCK_C]; past the groups, the last one's."""
+    return tl.gather(per_group, tl.minimum(place, per_group.shape[0] - 1), 0)
 
 
 @triton.jit
@@ -138,14 +140,13 @@ class Plan(NamedTuple):
         return self.slices == 1 and self.slice_pixels <= self.block_pixels
 
 
-def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1, dropout: bool = False) -> Plan:
+def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1) -> Plan:
     """Choose one tile, loop or split by size alone, so that one shape always takes one path.
 
     Args:
         pixels, channels, groups: H * W, C and G.
         itemsize: bytes an element.
         inputs: tensors read: 1 forward, 2 backward.
-        dropout: whether there is any; its words need registers, so that a thread then keeps only 32 elements.
 
     Raises:
         ValueError: groups are too wide.
@@ -172,13 +173,13 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1
         while may_double(blocked) and tile(2 * blocked) <= REGISTER_TILE:
             blocked *= 2
         block_pixels, slice_pixels = triton.next_power_of_2(pixels), pixels
-        num_warps = min(16, max(1, tile(blocked) // (1024 if dropout else 2048)))
+        num_warps = max(1, tile(blocked) // WARP_TILE)
     else:
         data = pixels * blocked * size * itemsize * inputs
         while data > LOOP_BYTES and may_double(blocked):
             blocked *= 2
             data *= 2
-        block_pixels = max(1, LOOP_TILE // inputs // block_channels(blocked))
+        block_pixels = max(1, LOOP_TILE_BYTES // itemsize // inputs // block_channels(blocked))
         slices = 1 if data <= LOOP_BYTES else min(64, triton.cdiv(data, SLICE_BYTES))
         slice_pixels = triton.cdiv(triton.cdiv(pixels, slices), block_pixels) * block_pixels
         num_warps = 8

@@ -1,109 +1,97 @@
-"""How the presets launch q_sample, noise_mse, reverse_step and timestep_embedding (see `compile_all`)."""
+"""How the presets launch q_sample, noise_mse, reverse_step and timestep_embedding (see `compile_all`).
 
-from dataclasses import replace
+Shapes: N images, C channels, H x W pixels, T timesteps, K sampling steps.
+"""
+
+from collections.abc import Iterator
 from itertools import product
 
-import triton
-from compile_all import Specialisation
+import torch
+from compile_all import CONFIGS, Launch, Specialisation, record, specialise
+from torch import Tensor
 
-from ddpm_fast.config import PRESETS
-from ddpm_fast.kernels.noise_mse import noise_mse_backward_kernel, noise_mse_kernel, noise_mse_mean_kernel
-from ddpm_fast.kernels.pixel_tiles import tile_pixels
-from ddpm_fast.kernels.q_sample import q_sample_kernel
-from ddpm_fast.kernels.reverse_step import reverse_step_kernel
-from ddpm_fast.kernels.timestep_embedding import timestep_embedding_kernel
+from ddpm_fast.config import PRESETS, Config, SamplerConfig
+from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_backward
+from ddpm_fast.kernels.q_sample import q_sample
+from ddpm_fast.kernels.reverse_step import reverse_step
+from ddpm_fast.kernels.timestep_embedding import timestep_embedding
+from ddpm_fast.samplers import sampler_table
 
-SHAPES = sorted({(p.unet.image_channels, p.unet.height, p.unet.width) for p in PRESETS.values()})
-LOOKUPS = {"t_ptr": "*i64", "table_ptr": "*fp32", "key_ptr": "*i64", "sample_index_ptr": "*i64"}
-ODD = ("T", "K", "W", "tiles", "elements", "N")
-MAX_REGISTERS = 128  # 4 blocks of 4 warps a multiprocessor at the least: enough loads in flight for its bandwidth
-
-
-def sizes(C: int, H: int, W: int) -> tuple[dict[str, str], dict[str, object], int]:
-    """Return the integers of a launch, its constants, and its warps; an integer that is 1 is a constant."""
-    BLOCK, warps = tile_pixels(C, H * W)
-    tiles = triton.cdiv(H * W, BLOCK)
-    constants: dict[str, object] = {"C": C, "BLOCK": BLOCK, **({"tiles": 1} if tiles == 1 else {})}
-    return {"HW": "i32", "W": "i32", "T": "i32", "K": "i32", "tiles": "i32"}, constants, warps
+SAMPLERS = (SamplerConfig("ddpm"), SamplerConfig("ddim"), SamplerConfig("dpm++"))
+BULK_LOADS = ("images_ptr", "prediction_ptr", "x_ptr", "out_ptr", "x0_ptr")
+BULK_STORES = ("x_t_ptr", "grad_prediction_ptr", "x_ptr", "x0_ptr", "model_input_ptr")
 
 
-def bulk_bytes(C: int, H: int, W: int, element_bytes: int) -> int:
-    """Return what a thread's places fill, at most 16 bytes."""
-    BLOCK, warps = tile_pixels(C, H * W)
-    return min(16, BLOCK * C // (32 * warps) * element_bytes)
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def training(C: int, H: int, W: int, dtype: str, images: str, images_nhwc: bool) -> list[Specialisation]:
-    """Return the training kernels at one shape."""
-    integers, constants, warps = sizes(C, H, W)
-    layout = {"MIRROR": C == 3, "NHWC": True, "IMAGES_NHWC": images_nhwc}
-    what = f"{C}x{H}x{W} {dtype}, images {images}{' NHWC' if images_nhwc else ' NCHW'}"
-    wide = bulk_bytes(C, H, W, 4 if dtype == "fp32" else 2)
-    shared = {**LOOKUPS, **integers, "images_ptr": f"*{images}"}
-    loss = {**shared, "partial_ptr": "*fp32", "prediction_ptr": f"*{dtype}"}
-    gradient = {**loss, "grad_ptr": "*fp32", "grad_prediction_ptr": f"*{dtype}", "elements": "i32"}
-    constants = {**constants, **layout}
-    return [
-        Specialisation(
-            f"q_sample {what}", q_sample_kernel, {**shared, "x_t_ptr": f"*{dtype}"}, constants, ODD, warps,
-            store_bytes=wide, max_registers=MAX_REGISTERS,
-        ),
-        Specialisation(
-            f"noise_mse {what}", noise_mse_kernel, loss, constants, ODD, warps,
-            load_bytes=wide, max_registers=MAX_REGISTERS,
-        ),
-        Specialisation(
-            f"noise_mse_backward {what}", noise_mse_backward_kernel, gradient, constants, ODD, warps,
-            load_bytes=wide, store_bytes=wide, max_registers=MAX_REGISTERS,
-        ),
-    ]  # fmt: skip
+def words(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.int64)
 
 
-def sampling(C: int, H: int, W: int, dtype: str, noisy: bool, multistep: bool) -> Specialisation:
-    """Return reverse_step at one shape; in float32 the U-Net reads x itself."""
-    integers, constants, warps = sizes(C, H, W)
-    pointers = {"x_ptr": "*fp32", "out_ptr": f"*{dtype}", "rows_ptr": "*fp32", "step_ptr": "*i64", **LOOKUPS}
-    constants.update({"CLIP": True, "NOISY": noisy, "NHWC": True})
-    for name, there, kind in (("x0_ptr", multistep, "fp32"), ("model_input_ptr", dtype != "fp32", dtype)):
-        pointers.update({name: f"*{kind}"} if there else {})
-        constants.update({} if there else {name: None})
-    what = f"{C}x{H}x{W} {dtype}{', noise' if noisy else ''}{', x0' if multistep else ''}"
-    wide, narrow = bulk_bytes(C, H, W, 4), bulk_bytes(C, H, W, 4 if dtype == "fp32" else 2)
-    return Specialisation(
-        f"reverse_step {what}", reverse_step_kernel, {**pointers, **integers}, constants, ODD, warps,
-        load_bytes=wide, store_bytes=narrow, max_registers=MAX_REGISTERS,
+def images(config: Config, dtype: torch.dtype) -> Tensor:
+    """Return a batch [N, C, H, W] as the training data and the U-Net lie in memory, NHWC."""
+    unet, N = config.unet, config.training.batch_size // config.training.accumulate
+    return empty(N, unet.height, unet.width, unet.image_channels, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def training(config: Config, dtype: torch.dtype) -> Iterator[Launch]:
+    """Yield what a training step launches."""
+    batch, T, flip = images(config, torch.uint8), config.diffusion.timesteps, config.data.flip
+    N, prediction = len(batch), images(config, dtype)
+    lookups = words(N), empty(T, 5), words(2), words(N)
+    yield from record(q_sample, batch, *lookups, flip=flip, dtype=dtype, channels_last=True)
+    yield from record(noise_mse, prediction, batch, *lookups, flip=flip)
+    yield from record(noise_mse_backward, empty(N), prediction, batch, *lookups, flip=flip)
+    yield from record(timestep_embedding, words(N), config.unet.channels)
+
+
+def sampling(config: Config, sampler: SamplerConfig, dtype: torch.dtype) -> Iterator[Launch]:
+    """Yield what a sampling step, and the preparation of all of them, launches."""
+    table = sampler_table(config.diffusion, sampler)
+    x, K = images(config, torch.float32), len(table.rows)
+    yield from record(
+        reverse_step, x, images(config, dtype), empty(K, 8), words(1), words(2), words(len(x)),
+        clip=table.clip, noisy=table.noisy, x0=x if table.multistep else None,
+        model_input=None if dtype == torch.float32 else images(config, dtype),
     )  # fmt: skip
+    yield from record(timestep_embedding, empty(K), config.unet.channels)
 
 
-SPECIALISATIONS = [
-    *(
-        wanted
-        for (shape, dtype, nhwc) in product(SHAPES, ("fp32", "bf16"), (True, False))
-        if nhwc or shape[0] > 1  # one channel: both layouts are one
-        for wanted in training(*shape, dtype, "u8", nhwc)
-    ),
-    *(
-        sampling(*shape, dtype, noisy, multistep)
-        for shape, dtype in product(SHAPES, ("fp32", "bf16"))
-        for noisy, multistep in ((True, False), (False, True))
-    ),
-    Specialisation(
-        "noise_mse_mean", noise_mse_mean_kernel,
-        {"loss_ptr": "*fp32", "partial_ptr": "*fp32", **LOOKUPS, "elements": "i32", "T": "i32", "tiles": "i32"},
-        {}, ODD, 1,
-    ),
-    *(
-        Specialisation(
-            f"timestep_embedding {t}", timestep_embedding_kernel,
-            {"embedding_ptr": "*fp32", "t_ptr": f"*{t}", "N": "i32", "half": "i32"}, {}, ODD,
-        )
-        for t in ("i64", "fp32")
-    ),
-]  # fmt: skip
+def expected(launch: Launch) -> tuple[int, int]:
+    """Return the bytes of images that a thread loads and stores, tensors counted where it has 16 bytes of them."""
+    given = launch.arguments
+    if "BLOCK" not in given:
+        return 0, 0
+    lanes = 4 if given["C"] == 3 else given["C"]
+    places = given["BLOCK"] * lanes // (32 * given["num_warps"])
 
-# A kernel that must spill: what finds no spills elsewhere finds these.
-PLANTED = [
-    replace(wanted, name="planted spill", options={"maxnreg": 24})
-    for wanted in SPECIALISATIONS
-    if wanted.name == "q_sample 3x32x32 fp32, images u8 NHWC"
-]
+    def moved(names: tuple[str, ...]) -> int:
+        return sum(places * given[n].element_size() // 16 * 16 for n in names if given.get(n) is not None)
+
+    return moved(BULK_LOADS), moved(BULK_STORES)
+
+
+def describe(launch: Launch) -> str:
+    """Name what tells launches of a kernel apart."""
+    given = launch.arguments
+    shown = [
+        f"{name}={given[name]}" for name in ("C", "HW", "elements", "MIRROR", "CLIP", "NOISY", "half") if name in given
+    ]
+    data = next((given[n] for n in ("x_t_ptr", "prediction_ptr", "out_ptr", "t_ptr") if n in given), None)
+    kind = "" if data is None else str(data.dtype).removeprefix("torch.")
+    return " ".join([kind, *shown, *(["x0"] if given.get("x0_ptr") is not None else [])])
+
+
+def specialisations() -> Iterator[Specialisation]:
+    for config, dtype in product(CONFIGS, (torch.float32, torch.bfloat16)):
+        launches = [*training(config, dtype), *(one for s in SAMPLERS for one in sampling(config, s, dtype))]
+        for launch in launches:
+            yield specialise(launch, describe(launch), *expected(launch))
+
+
+def planted() -> list[Specialisation]:
+    """Return a kernel that must spill: what finds no spills elsewhere finds these."""
+    launch = next(training(PRESETS["cifar10"], torch.float32))
+    return [specialise(launch, "planted spill")._replace(options=(("maxnreg", 24),))]
