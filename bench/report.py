@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     budget = Budget(options.minutes * 60 - PAGE_SECONDS)
     visit = Visit.to(choose_device(options.device))
-    folder = options.out or Path("profiles") / folder_name(machine(visit.device)["device"])
+    folder = options.out or Path("profiles") / folder_name(visit.device)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     report = open_report(folder, visit)
