@@ -28,8 +28,9 @@ def device_name(device: torch.device) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def folder_name(name: str) -> str:
-    """Return a device's name as a folder of `profiles/`: lower case, dashes."""
+def folder_name(device: torch.device) -> str:
+    """Return a device's folder in `profiles/`: its name in lower case with dashes, a CPU's marked as such."""
+    name = device_name(device) if device.type == "cuda" else f"cpu {device_name(device)}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

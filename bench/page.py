@@ -59,6 +59,12 @@ def group(report: Row, name: str) -> list[Row]:
     return [row for entry in entries if entry["group"] == name for row in entry.get("rows", ())]
 
 
+def _loads(report: Row) -> str:
+    """Return between what the machine's load lay: beyond what is measured, it is others' work, which slows figures."""
+    loads = [entry["load"] for entry in report["measurements"].values()]
+    return f"{min(loads)} to {max(loads)}" if loads else "none yet"
+
+
 def _head(report: Row) -> list[str]:
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -70,7 +76,7 @@ def _head(report: Row) -> list[str]:
         + (f"; CUDA {machine['cuda']}, {machine['memory_gb']} GB" if machine["type"] == "cuda" else "")
         + ".",
         "",
-        f"Load average when it began: {report['load']}. "
+        f"Load average before each measurement: {_loads(report)}. "
         "Times are medians over n rounds after warm-up, with the first and the third quartile in brackets. "
         + (
             "They are taken by events on the device; short ops as replays of a CUDA graph."

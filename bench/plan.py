@@ -58,7 +58,7 @@ def _parts(visit: Visit) -> Iterator[Measurement]:
     sampled, trained = visit.sizes.report_sampling[-1], visit.sizes.report_training[0]
     if visit.device.type == "cuda":
         sampled = visit.sizes.report_sampling[0]
-    sampling_steps = min(sampled.steps, 10)
+    sampling_steps = min(sampled.steps, 2 * default_variant(visit.device).graph_steps)
     for size, steps in ((Training(sampled.configuration, sampled.batch), sampling_steps), (trained, 0)):
         kind = "sampling" if steps else "train"
         yield Measurement(
@@ -149,6 +149,6 @@ def plan(visit: Visit) -> list[Measurement]:
         *(compiled_peers if on_gpu else []),
         *_first_steps(visit),
         *_scaling(visit),
-        *(_loop(visit, size, variant) for variant in dear for size in loops[1:2]),
+        *(_loop(visit, size, variant) for variant in dear for size in loops[:1]),
         *([] if on_gpu else compiled_peers),
     ]

@@ -51,7 +51,6 @@ def new_report(visit: Visit) -> Report:
         "sources": sources(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "load": round(os.getloadavg()[0], 1),
         "measurements": {},
         "left_out": [],
     }
@@ -82,6 +81,7 @@ def take(measurement: Measurement, estimated: float) -> dict[str, Any]:
     """Make one measurement; what it raises is its entry, so that the rest of the visit goes on."""
     start = time.monotonic()
     entry: dict[str, Any] = {"group": measurement.group, "estimated_seconds": round(estimated, 1)}
+    entry["load"] = round(os.getloadavg()[0], 1)
     try:
         entry["rows"] = measurement.run()
     except Exception as error:  # a visit costs too much to end at the first failure
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     budget = Budget(options.minutes * 60 - PAGE_SECONDS)
     visit = Visit.to(choose_device(options.device))
-    folder = options.out or Path("profiles") / folder_name(machine(visit.device)["device"])
+    folder = options.out or Path("profiles") / folder_name(visit.device)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     report = open_report(folder, visit)

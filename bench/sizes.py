@@ -95,8 +95,8 @@ CPU = Sizes(
     matrix_side=2048,
     rounds=3,
     report_sampling=(
-        Sampling("digits", 1, 1000),
-        Sampling("digits", 64, 50),
+        Sampling("digits", 64, 20),
+        Sampling("digits", 1, 100),
         Sampling("digits-16x16", 64, 5),
         Sampling("cifar10", 8, 2),
     ),

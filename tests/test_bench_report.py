@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_left_out_and_listed_and_cheaper_things_go_on(tmp_p
 
 def test_a_machine_slower_than_estimated_is_believed(tmp_path, monkeypatch):
     folder, written = blank(tmp_path)
-    monkeypatch.setattr(report, "take", lambda one, estimated: {"group": "ops", "rows": [], "took_seconds": 100.0})
+    monkeypatch.setattr(report, "take", lambda one, _: {"group": "ops", "load": 1, "took_seconds": 100.0})
     # The first took a hundred times its estimate, so the second's is raised from 10 s to hundreds.
     report.measure_all(folder, written, [entry("first", 1.0), entry("second", 10.0)], Budget(60.0))
     assert [one["name"] for one in written["left_out"]] == ["second"]

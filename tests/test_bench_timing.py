@@ -153,11 +153,12 @@ def test_energy_is_the_counters_difference_or_a_reason(manual, monkeypatch):
     assert none.reason == "NVML measures NVIDIA GPUs only"
 
 
-def test_a_machine_is_told_by_name_and_versions():
+def test_a_machine_is_told_by_name_and_versions(monkeypatch):
     facts = machine(CPU)
     assert facts["versions"]["torch"] == str(torch.__version__)
     assert "threads" in facts["device"]
-    assert folder_name("NVIDIA H200 (141 GB)") == "nvidia-h200-141-gb"
+    monkeypatch.setattr("bench.machine.cpu_name", lambda: "A CPU (R) 9000")
+    assert folder_name(CPU) == f"cpu-a-cpu-r-9000-{torch.get_num_threads()}-threads"
 
 
 GPU_KERNELS = {
