@@ -12,11 +12,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+RUNS_KERNELS = ("tests/kernels/", "tests/test_ops.py", "tests/test_engine_with_kernels.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    """Skip what needs a GPU where there is none; where there is one, let `-m gpu` repeat all comparisons of kernels."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if torch.cuda.is_available():
+            if item.nodeid.startswith(RUNS_KERNELS):
+                item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and there is none"))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_fast import reference
@@ -19,11 +19,12 @@ TABLE = training_table(DiffusionConfig(prediction="v"), 5.0, torch.float64)
 LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 
 
-def make(shape, device, dtype=torch.float32, last=False, images_last=False):
+def make(shape, device, dtype=torch.float32, last=False, images_last=False, mean=0.0, spread=1.0):
     N = shape[0]
     generator = torch.Generator().manual_seed(sum(shape))
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    prediction = torch.randn(shape, generator=generator).to(device, dtype).to(memory_format=LAYOUTS[last])
+    prediction = (mean + spread * torch.randn(shape, generator=generator)).to(device, dtype)
+    prediction = prediction.to(memory_format=LAYOUTS[last])
     t = torch.tensor([0, 999, 500, 1, 250], device=device)[:N]
     index = torch.tensor([3, 2**32 - 1, 2**33 + 7, 0, 11], device=device)[:N]
     key = key_from_seed(2**40 + 5, device)
@@ -52,8 +53,8 @@ def derive(prediction, images, t, table, key, index, flip, noise_and_error):
     return loss, 2 * m * (delta + 8 * u * difference.abs()) / images[:1].numel()
 
 
-def compare(shape, device, assert_within, noise_and_error, *, dtype, last, images_last, flip):
-    prediction, images, t, key, index = make(shape, device, dtype, last, images_last)
+def compare(shape, device, assert_within, noise_and_error, *, dtype, last, images_last, flip, **values):
+    prediction, images, t, key, index = make(shape, device, dtype, last, images_last, **values)
     table = TABLE.to(device)
     grad = torch.linspace(-1, 2, shape[0], device=device)
     found = noise_mse(prediction, images, t, table.float(), key, index, flip)
@@ -71,10 +72,9 @@ def compare(shape, device, assert_within, noise_and_error, *, dtype, last, image
     assert gradient.stride() == prediction.stride()
 
 
-SHAPES = [(1, 1, 1, 1), (3, 1, 8, 8), (2, 3, 31, 77), (2, 4, 27, 19), (2, 5, 7, 5), (0, 3, 8, 8)]
+SHAPES = [(1, 1, 1, 1), (3, 1, 8, 8), (2, 3, 31, 77), (2, 4, 27, 19), (2, 5, 7, 5), (4, 1, 3, 3), (0, 3, 8, 8)]
 
 
-@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("images_last", [False, True])
@@ -83,14 +83,13 @@ def test_loss_and_gradient_equal_the_reference(shape, last, images_last, device,
     compare(shape, device, assert_within, noise_and_error, last=last, images_last=images_last, **options)
 
 
-@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("flip", [False, True])
 def test_dtypes_and_flips(dtype, flip, device, assert_within, noise_and_error):
     compare((5, 3, 5, 7), device, assert_within, noise_and_error, dtype=dtype, last=True, images_last=False, flip=flip)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(settings.get_profile("kernels"))
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12)),
     last=st.booleans(),
@@ -110,37 +109,38 @@ def test_any_shape(shape, last, images_last, flip, device, assert_within, noise_
     )
 
 
-def test_two_runs_agree_bit_for_bit(device):
-    prediction, images, t, key, index = make((2, 3, 31, 77), device)
-    runs = [noise_mse(prediction, images, t, TABLE.float().to(device), key, index) for _ in range(2)]
-    assert torch.equal(runs[0], runs[1])
-
-
 def test_a_t_outside_the_table_gives_nan(device):
     prediction, images, _, key, index = make((2, 3, 4, 4), device)
     t = torch.tensor([-1, 1000], device=device)
     assert noise_mse(prediction, images, t, TABLE.float().to(device), key, index).isnan().all()
 
 
+@pytest.mark.parametrize("channels", [96, 384, 512])
+def test_many_channels(channels, device, assert_within, noise_and_error):
+    options = {"dtype": torch.float32, "last": True, "images_last": False, "flip": True}
+    compare((1, channels, 1, 2), device, assert_within, noise_and_error, **options)
+
+
+@pytest.mark.parametrize(("dtype", "mean", "spread"), [(torch.float32, 1e3, 1e-2), (torch.bfloat16, 32.0, 1.0)])
+def test_a_large_mean_with_small_variance(dtype, mean, spread, device, assert_within, noise_and_error):
+    options = {"dtype": dtype, "last": True, "images_last": True, "flip": False}
+    compare((2, 3, 5, 7), device, assert_within, noise_and_error, mean=mean, spread=spread, **options)
+
+
 BAD = {
-    "prediction has strides": {"prediction": torch.zeros(2, 3, 8, 16)[..., ::2]},
     "prediction is torch.float64": {"prediction": torch.zeros(2, 3, 8, 8, dtype=torch.float64)},
-    "images has shape": {"images": torch.zeros(2, 3, 8, 7)},
     "images is torch.int32": {"images": torch.zeros(2, 3, 8, 8, dtype=torch.int32)},
     "t is torch.int32": {"t": torch.zeros(2, dtype=torch.int32)},
     "table is torch.float64": {"table": TABLE},
-    "key has shape": {"key": torch.zeros(3, dtype=torch.int64)},
-    "sample_index has shape": {"sample_index": torch.zeros(1, dtype=torch.int64)},
-    "grad has shape": {"grad": torch.zeros(3)},
-    "images is on meta": {"images": torch.zeros(2, 3, 8, 8, device="meta")},
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input_is_named(message):
-    prediction, images, t, key, index = make((2, 3, 8, 8), "cpu")
-    good = {"prediction": prediction, "images": images, "t": t, "table": TABLE.float()}
-    arguments = {"grad": torch.ones(2), **good, "key": key, "sample_index": index, **BAD[message]}
+def test_bad_input_is_named(message, device):
+    prediction, images, t, key, index = make((2, 3, 8, 8), device)
+    good = {"prediction": prediction, "images": images, "t": t, "table": TABLE.float().to(device)}
+    wrong = {name: value.to(device) for name, value in BAD[message].items()}
+    arguments = {"grad": torch.ones(2, device=device), **good, "key": key, "sample_index": index, **wrong}
     with pytest.raises(ValueError, match=message):
         noise_mse_backward(**arguments, flip=False)
 
