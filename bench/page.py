@@ -147,15 +147,17 @@ def _parts(rows: list[Row]) -> list[str]:
 def _peers(rows: list[Row]) -> list[str]:
     text = "Timed in turns, in one process; ratios are taken round by round."
     lines = ["## Side by side", "", text, ""]
-    for what in dict.fromkeys(r["what"] for r in rows):
+    starts = [i for i, row in enumerate(rows) if row["name"] == row["ours"]]  # each comparison begins with ours
+    for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
         body = []
-        for r in (r for r in rows if r["what"] == what):
+        for r in rows[start:end]:
             if "reason" in r:
                 body.append([r["name"], r["runs"], f"did not run: {r['reason']}", "-", "-", "-"])
                 continue
             times = with_spread(r["times_as_long"], lambda v: f"{v:.2f}")
             speed = number(r["images"] / r["seconds"]["median"])
             body.append([r["name"], r["runs"], with_spread(r["seconds"]), speed, times, str(r["seconds"]["n"])])
+        what = rows[start]["what"]
         head = ["", "runs", "one call", "images/s", "times as long as ddpm-fast", "n"]
         lines += [f"### {what[:1].upper()}{what[1:]}", "", *table(head, body)]
     return lines

@@ -220,9 +220,12 @@ def test_the_page_writes_figures_as_they_read_best():
 
 
 def test_a_peer_without_figures_shows_its_reason():
+    one = {"median": 1.0, "low": 1.0, "high": 1.0, "n": 3}
     row = {"what": "train step", "ours": "ddpm-fast", "name": "another", "runs": "as shipped", "images": 4}
-    lines = page._peers([row | {"reason": "ImportError: torchvision"}])
+    ours = row | {"name": "ddpm-fast", "seconds": one, "times_as_long": one}
+    lines = page._peers([ours, row | {"reason": "ImportError: torchvision"}, ours])
     assert any("did not run: ImportError: torchvision" in line for line in lines)
+    assert lines.count("### Train step") == 2  # a second comparison of the same work is a table of its own
 
 
 def test_the_first_step_is_timed_in_processes_of_its_own():
