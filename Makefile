@@ -1,4 +1,4 @@
-# make demo: train on handwritten digits and sample new ones.   make test: lint, types, tests.
+# make demo: train on handwritten digits and sample new ones.   make test: lint, types, tests.   make bench: speed.
 # PIP_OPTIONS is handed to pip, e.g. PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -20,6 +20,9 @@ test: .venv/installed-test
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
 
+bench: .venv/installed-bench
+	$(BIN)/python -m pytest bench --benchmark-only
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
@@ -27,6 +30,10 @@ test: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	$(PIP) --editable '.[bench]'
 	@touch $@
 
 clean:

@@ -41,7 +41,9 @@ class CudaGraphs:
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
+        # thread_local: the thread that copies the next batch ahead may allocate and copy meanwhile.
+        captured = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        with torch.cuda.device(self.device), captured:
             work()
         return graph.replay
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import ops
+from ddpm_fast.batches import BatchSource
 from ddpm_fast.check_kernels import check_kernels, kernel_table
 from ddpm_fast.check_process import (
     Line,
@@ -22,7 +23,7 @@ from ddpm_fast.check_process import (
 )
 from ddpm_fast.checkpoint import PARTS, Checkpoint
 from ddpm_fast.config import Config, with_training
-from ddpm_fast.data import BatchSource, Dataset
+from ddpm_fast.data import Dataset
 from ddpm_fast.execution import choose_dtype, choose_kernels
 from ddpm_fast.noise import NoiseAddress, key_from_seed, timesteps
 from ddpm_fast.samplers import Row, sampler_table

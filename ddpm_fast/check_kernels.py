@@ -210,7 +210,10 @@ def _bind(case: Case, kernels: bool, precise: bool = False, compiled: bool = Fal
     """Return the case on inputs of its own, by the kernel or plain PyTorch; precise: in float64."""
     op: Op = partial(getattr(ops, case.op), kernels=kernels)
     own = {k: v.double() if precise and v.is_floating_point() else v.clone() for k, v in case.inputs.items()}
-    return case.prepare(torch.compile(op, dynamic=False) if compiled else op, own)
+    if compiled:
+        torch._dynamo.reset()  # else all cases count as recompilations of one function, and soon none is compiled
+        op = torch.compile(op, dynamic=False, fullgraph=True)
+    return case.prepare(op, own)
 
 
 def error_and_bound(case: Case) -> tuple[float, float]:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,6 +44,18 @@ def _next_free(parent: Path, name: str) -> Path:
     return parent / f"{name}-{number}"
 
 
+@contextmanager
+def _enough_memory(device: torch.device, batch_size: int) -> Iterator[None]:
+    """Turn running out of a GPU's memory into one line, and give back what was taken."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        raise InputError(
+            f"{device} has too little memory for --batch-size {batch_size}: take a smaller one, or --precision bf16"
+        ) from None
+
+
 def train(config: Config, out: str, resume: bool) -> int:
     """Check the mathematics, then train; returns the exit status."""
     device = _require_device(config.training.device)
@@ -56,14 +70,18 @@ def train(config: Config, out: str, resume: bool) -> int:
         return 0
     if resume:
         print(f"{directory}: " + (f"continuing at step {step}" if found else "no checkpoint, starting at step 0"))
-    status = report(check_start(config, dataset, device))
-    if status:
-        return status
-    run = Run(directory, config, dataset, found, _progress())
-    print(f"training {directory} on {device.type}: {config.training.steps} steps, {len(dataset)} images", flush=True)
+    batch_size = config.training.batch_size // config.training.accumulate
+    with _enough_memory(device, batch_size):
+        status = report(check_start(config, dataset, device))
+        if status:
+            return status
+        run = Run(directory, config, dataset, found, _progress())
+    how = f"{device.type}, {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"
+    print(f"training {directory} on {how}: {config.training.steps} steps, {len(dataset)} images", flush=True)
     started = time.perf_counter()
     try:
-        run.train()
+        with _enough_memory(device, batch_size):
+            run.train()
     except InterruptedRunError as interrupted:
         print(f"ddpm-fast: {interrupted}", file=sys.stderr)
         return interrupted.exit_status
@@ -115,9 +133,9 @@ def sample(arguments: SampleArguments) -> int:
         finished |= k == steps - 1
 
     images = ImageRange(arguments.seed, arguments.first_index, arguments.count)
-    samples = sample_images(
-        loop, images, arguments.batch_size, _progress(), on_step=keep_frame if arguments.animate else None
-    )
+    on_step = keep_frame if arguments.animate else None
+    with _enough_memory(device, arguments.batch_size):
+        samples = sample_images(loop, images, arguments.batch_size, _progress(), on_step)
     seconds = time.perf_counter() - started
     _write_samples(directory, images, samples)
     if arguments.animate:
@@ -136,7 +154,8 @@ def sample(arguments: SampleArguments) -> int:
     }
     with checkpoint.writing(directory):
         checkpoint.replace_file(directory / "samples.json", checkpoint.to_json(facts))
-    print(f"{arguments.count} images in {seconds:.1f} s: {directory} (grid.png shows them all)")
+    how = f"{device.type}, {facts['precision']}, {execution}"
+    print(f"{arguments.count} images in {seconds:.1f} s on {how}: {directory} (grid.png shows them all)")
     return 0
 
 

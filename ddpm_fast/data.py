@@ -19,16 +19,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_fast.arrays import read_array
 from ddpm_fast.config import DataConfig, InputError, UNetConfig, nearest
 from ddpm_fast.execution import cache_directory
-from ddpm_fast.noise import permutation
 from ddpm_fast.pictures import Unusable, decode, fit, is_picture
 
 Result = TypeVar("Result")
@@ -37,8 +34,6 @@ STORE_VERSION = 1
 """Part of the cache's key: raise it when the rule above changes."""
 NAMED = 5
 """How many unusable files an error names one by one."""
-DEVICE_SHARE = 4
-"""The store moves to the GPU if it takes at most one part in this many of its free memory."""
 
 
 @dataclass(frozen=True)
@@ -242,53 +237,3 @@ def _decode_all(
 
     _build(key, len(files), shape, fill)
     return tuple(skipped)
-
-
-class ExampleOrder:
-    """Which image each training example is: every epoch visits all images once, in an order of its own."""
-
-    def __init__(self, key: Tensor, count: int) -> None:
-        """Take the seed's key [2] and the number of images M, at least 1."""
-        if count < 1:
-            raise ValueError(f"an order of {count} images: there must be at least 1")
-        self.key, self.count = key, count
-        self._orders: dict[int, Tensor] = {}
-
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = permutation(self.key, epoch, self.count)
-        return self._orders[epoch]
-
-    def indices(self, first_example: int, n: int) -> Tensor:
-        """Return the images of examples first_example .. first_example + n - 1: [n] int64 in 0..M-1.
-
-        A batch may straddle epochs; each example still belongs to its own.
-        """
-        parts, example, end = [], first_example, first_example + n
-        while example < end:
-            epoch, position = divmod(example, self.count)
-            stop = min(self.count, position + end - example)
-            parts.append(self._order(epoch)[position:stop])
-            example += stop - position
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.key.device)
-
-
-class BatchSource:
-    """Training batches on the device: the store moves there where it fits, else batches are copied."""
-
-    def __init__(self, dataset: Dataset, key: Tensor, device: torch.device) -> None:
-        """Take the data set, the seed's key [2] and where batches are wanted."""
-        self.device = device
-        with warnings.catch_warnings():  # the store is read-only, and shared without a copy: nobody writes to it
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            self.store = torch.from_numpy(dataset.images)
-        if device.type == "cuda" and self.store.nbytes * DEVICE_SHARE <= torch.cuda.mem_get_info(device)[0]:
-            self.store = self.store.to(device)
-        self.order = ExampleOrder(key.to(self.store.device), len(dataset))
-
-    def batch(self, first_example: int, n: int) -> tuple[Tensor, Tensor]:
-        """Return images [n, C, H, W] uint8, laid out as NHWC, and the examples' numbers [n] int64."""
-        rows = self.store[self.order.indices(first_example, n)].to(self.device)
-        numbers = torch.arange(first_example, first_example + n, device=self.device)
-        return rows.permute(0, 3, 1, 2), numbers

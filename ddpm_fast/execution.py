@@ -4,6 +4,7 @@ Flags say what is allowed; the device says what of it there is.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,17 @@ class Execution:
     captured: bool = False
     """Capture the step as a CUDA graph."""
 
+    def __str__(self) -> str:
+        """Say it in words."""
+        layers = [name for name, there in (("compiled", self.compiled), ("captured", self.captured)) if there]
+        return " and ".join(layers) or "eager"
+
     def compile(self, function: F) -> F:
         """Return the function compiled, if that is asked for."""
         if not self.compiled:
             return function
         keep_compiled_code()
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # --precision decides that
         return cast(F, torch.compile(function, dynamic=False, fullgraph=True))
 
 
@@ -57,9 +64,8 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def choose_tf32(precision: str) -> None:
     """Let float32 products and convolutions of a GPU round their inputs to TF32, or forbid it: PyTorch allows half."""
-    allowed = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = allowed
-    torch.backends.cudnn.conv.fp32_precision = allowed  # pyright: ignore[reportAttributeAccessIssue]
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def choose_kernels(wanted: bool) -> bool | None:

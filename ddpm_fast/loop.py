@@ -30,8 +30,8 @@ MOST_STAGES = 4
 """Batch sizes whose tensors and graphs are kept; the one used longest ago is freed first."""
 COMPARED_STEPS = 3
 """Steps, from the middle of the table, over which a captured loop is compared with the eager one on first use."""
-DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
-"""Relative difference between those two that is still rounding: other algorithms, and fused ones, round otherwise."""
+DIFFERENCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
+"""Relative difference of outputs that is still rounding: other algorithms, fused ones and TF32 round otherwise."""
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], None]
@@ -168,19 +168,22 @@ class Loop:
         device, images = self.device, len(stage.x)
         address = NoiseAddress(torch.zeros(2, dtype=torch.int64, device=device), torch.arange(images, device=device))
         steps = min(COMPARED_STEPS, len(self.rows))
-        results = []
+        first, results = (len(self.rows) - steps) // 2, []
         for run in (stage.one_step, lambda: self.take_step(stage, self.unet.denoise)):
             assert run is not None
-            stage.start(address, (len(self.rows) - steps) // 2)
+            stage.start(address, first)
             for _ in range(steps):
                 run()
             results.append(stage.x.clone())
         captured, eager = results
+        # What a step makes of a difference in the network's output: far more than it where the steps are few.
+        row = Row(*self.table.rows[first : first + steps].unbind(1))
+        allowed = DIFFERENCE[self.dtype] * max(1.0, float((row.e - row.u * row.q).abs().sum()))
         difference = float((captured - eager).norm() / eager.norm())
-        if not difference <= DIFFERENCE[self.dtype]:
+        if not difference <= allowed:
             raise MathematicsError(
                 f"the captured loop differs from the eager one by {difference:.1e} of its size after {steps} steps "
-                f"({DIFFERENCE[self.dtype]:.0e} would be rounding): sample with --no-capture, or --no-compile"
+                f"({allowed:.0e} would be rounding): sample with --no-capture, or --no-compile"
             )
 
     @torch.no_grad()

@@ -110,7 +110,9 @@ def pixel_words(address: NoiseAddress, step: Tensor | int, stream: Stream, shape
     key, sample_index = address
     c0 = torch.arange(height * width, device=sample_index.device).view(1, 1, -1)
     c1 = (sample_index & MASK).view(-1, 1, 1)
-    c2 = torch.as_tensor(step, device=sample_index.device).view(1, 1, 1)
+    # A number is written by the device itself: copying it there would wait, which a captured graph must not.
+    c2 = step if isinstance(step, Tensor) else torch.full((1,), step, dtype=torch.int64, device=sample_index.device)
+    c2 = c2.view(1, 1, 1)
     c3 = (int(stream) + 256 * torch.arange((channels + 3) // 4, device=sample_index.device)).view(1, -1, 1)
     return torch.stack(philox((c0, c1, c2, c3), key))
 

@@ -23,8 +23,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ddpm_fast import checkpoint
+from ddpm_fast.batches import BatchSource
 from ddpm_fast.config import Config, InputError, MathematicsError, SamplerConfig, from_dict, to_dict, with_training
-from ddpm_fast.data import BatchSource, Dataset
+from ddpm_fast.data import Dataset
 from ddpm_fast.execution import choose_device, choose_execution, choose_tf32
 from ddpm_fast.images import save_normalized_and_raw, to_uint8
 from ddpm_fast.loop import ImageRange, Loop, sample

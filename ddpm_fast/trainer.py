@@ -80,6 +80,8 @@ class Trainer:
         self.rate = torch.zeros((), device=device)
         options: dict[str, Any] = {"fused": True, "capturable": self.graphs is not None and device.type == "cuda"}
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.rate, **options)
+        # Its first steps, warming up, are not captured: that needs no warning.
+        self.optimizer._warned_capturable_if_run_uncaptured = True  # pyright: ignore[reportAttributeAccessIssue]
         self.table = training_table(config.diffusion, config.training.min_snr_gamma).to(device)
         self.key = key_from_seed(config.training.seed, device)
         self.step = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddpm_fast import cli
@@ -73,6 +74,17 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, says, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert says.lower() in refused(arguments, capsys).lower()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_running_out_of_memory_is_one_line_that_names_the_knobs(trained, tmp_path, monkeypatch, capsys):
+    def exhausted(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("ddpm_fast.loop.Loop.run", exhausted)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    said = refused(f"sample {trained} --device cpu --batch-size 7 --out {tmp_path}", capsys)
+    assert "--batch-size 7" in said
+    assert "--precision bf16" in said
 
 
 def test_sampling_writes_what_is_promised_and_touches_nothing_else(trained, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Images in: every mode, every broken file, the cache, and the order of examples."""
+"""Images in: every mode, every broken file, and the cache."""
 
 import io
 import os
@@ -10,14 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from ddpm_fast import data
 from ddpm_fast.config import DataConfig, InputError, UNetConfig
-from ddpm_fast.data import BatchSource, ExampleOrder, open_dataset
-from ddpm_fast.noise import key_from_seed
+from ddpm_fast.data import open_dataset
 
 RGB = UNetConfig(3, 4, 6, channels=32, channel_multipliers=(1,), attention_resolutions=())
 GREY = replace(RGB, image_channels=1)
@@ -264,29 +262,3 @@ def test_files_that_are_no_arrays(tmp_path):
     (tmp_path / "table.csv").write_text("1")
     with pytest.raises(InputError, match="neither"):
         opened(tmp_path / "table.csv")
-
-
-@pytest.mark.parametrize("count", [1, 3, 10])
-def test_every_epoch_visits_every_image_once_however_it_is_split(count):
-    order = ExampleOrder(key_from_seed(5), count)
-    whole = order.indices(0, 4 * count)
-    epochs = whole.view(4, count)
-    assert all(sorted(epoch.tolist()) == list(range(count)) for epoch in epochs)
-    if count == 10:
-        assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
-    fresh = ExampleOrder(key_from_seed(5), count)
-    split = torch.cat([fresh.indices(i, min(7, 4 * count - i)) for i in range(0, 4 * count, 7)])
-    assert torch.equal(whole, split)
-    assert torch.equal(ExampleOrder(key_from_seed(5), count).indices(2 * count, count), epochs[2])
-
-
-def test_a_batch_is_a_channels_last_view_of_the_store():
-    images = np.arange(5 * 4 * 6 * 3, dtype=np.uint8).reshape(5, 4, 6, 3)
-    images.flags.writeable = False
-    source = BatchSource(data.Dataset(images, "", ""), key_from_seed(0), torch.device("cpu"))
-    batch, numbers = source.batch(3, 4)
-    assert batch.shape == (4, 3, 4, 6)
-    assert batch.is_contiguous(memory_format=torch.channels_last)
-    assert numbers.tolist() == [3, 4, 5, 6]
-    rows = source.order.indices(3, 4)
-    assert np.array_equal(batch.permute(0, 2, 3, 1).numpy(), images[rows.numpy()])

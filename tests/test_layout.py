@@ -19,7 +19,7 @@ LAYERS = [
     {"samplers", "reference"},
     {"kernels"},
     {"ops"},
-    {"blocks", "unet", "arrays", "pictures", "data", "checkpoint", "images", "distributed"},
+    {"blocks", "unet", "arrays", "pictures", "data", "batches", "checkpoint", "images", "distributed"},
     {"trainer", "loop", "run", "evaluate", "convert", "report", "check", "check_process", "check_kernels"},
     {"arguments", "commands", "cli"},
     {"__main__"},

@@ -1,0 +1,106 @@
+"""Where the time of a step goes, read off PyTorch's profiler.
+
+On a CPU every operator's own time counts for the engine's op that called it, or by its name. On a GPU it is the
+kernels that count, by their names, since the replay of a graph has no operators.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench.clock import Clock, Work
+from ddpm_fast import ops
+
+OUTSIDE = "outside operators and kernels"
+
+# The first pattern that a name matches decides.
+PARTS: tuple[tuple[str, str], ...] = (
+    # Inductor names a kernel after all that it fused; its templates (tem) are convolutions and matrix products.
+    ("fused by the compiler", r"^triton_(?!tem)"),
+    ("noise and the reverse step", r"reverse_step"),
+    ("noise and the loss", r"q_sample|noise_mse"),
+    ("time embedding", r"timestep_embedding"),
+    (
+        "GroupNorm and SiLU",
+        r"group_norm|GroupNorm|RowwiseMoments|ComputeInternalGradients|silu"
+        # the engine's own kernels
+        r"|^(statistics|normalize|sums|input_gradient|parameter_gradient)_kernel",
+    ),
+    ("attention", r"attention|flash|fmha|_sdpa"),
+    ("convolution", r"conv|fprop|dgrad|wgrad|cudnn.*nhwc|implicit_gemm|nchwToNhwc|nhwcToNchw"),
+    ("matrix product", r"addmm|aten::b?mm$|_b?mm|gemm|gemv|nvjet|cublas|splitK"),
+    ("optimizer and average", r"[Aa]dam|multi_tensor|_foreach|Optimizer|norm"),
+)
+OTHER = "copies and elementwise"
+
+_OPS = ("q_sample", "noise_mse", "group_norm_silu", "timestep_embedding", "reverse_step")
+
+
+def part_of(name: str) -> str:
+    """Return the part of a step that an operator or a kernel belongs to."""
+    return next((part for part, pattern in PARTS if re.search(pattern, name)), OTHER)
+
+
+@contextmanager
+def _labelled_ops() -> Iterator[None]:
+    """Put the engine's op names into the profile, so that what an op calls counts for the op."""
+
+    def labelled(name: str):
+        op = getattr(ops, name)
+
+        def call(*args, **kwargs):
+            with record_function(f"op::{name}"):
+                return op(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in _OPS:
+            stack.enter_context(mock.patch.object(ops, name, labelled(name)))
+        yield
+
+
+def _name_on_cpu(event: FunctionEvent) -> str:
+    """Return the op, or the optimizer, around an operator, else its own name."""
+    name, parent = event.name, event.cpu_parent
+    while parent is not None:
+        if parent.name.startswith(("op::", "Optimizer.step")):
+            name = parent.name
+        parent = parent.cpu_parent
+    return name
+
+
+def _by_part(events: Iterable[FunctionEvent], on_gpu: bool) -> dict[str, float]:
+    """Return the profiled seconds of each part: of kernels on a GPU, of operators on a CPU."""
+    found: dict[str, float] = defaultdict(float)
+    for event in events:
+        if not on_gpu:
+            found[part_of(_name_on_cpu(event))] += event.self_cpu_time_total / 1e6
+        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            found[part_of(event.name)] += event.self_device_time_total / 1e6
+    return found
+
+
+def time_by_part(work: Work, clock: Clock) -> dict[str, float]:
+    """Return the seconds that one call of warm work spends in each part, the longest first.
+
+    What no operator (on a CPU) and no kernel (on a GPU) accounts for is `OUTSIDE`: Python, launches and waiting.
+    """
+    on_gpu = clock.device.type == "cuda"
+    elapsed = clock.seconds(work)  # without the profiler, which slows operators down
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with _labelled_ops(), profile(activities=activities, acc_events=True) as profiled:
+        profiled_elapsed = clock.seconds(work)
+    found = _by_part(profiled.events() or (), on_gpu)
+    # A GPU's kernels run as fast as without the profiler. A CPU's operators are slowed down about alike: their shares
+    # hold, and their sum is brought back.
+    scale = 1.0 if on_gpu else elapsed / profiled_elapsed
+    found = {part: seconds * scale for part, seconds in found.items()}
+    found[OUTSIDE] = max(0.0, elapsed - sum(found.values()))
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

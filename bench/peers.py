@@ -1,0 +1,108 @@
+"""The engine beside other trainers: the same work, in turns, in one run.
+
+Shapes: N images, K steps.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import peer_diffusers, peer_lucidrains
+from bench.clock import Clock, Work, interleave, warm_up
+from bench.engine import default_variant, sampling, train_step
+from bench.peer_diffusers import Tuning
+from bench.samples import ratio
+from ddpm_fast.config import Config
+from ddpm_fast.trainer import WARM_UP_STEPS
+
+OURS = "ddpm-fast"
+WARM_UP = {"cpu": 1, "cuda": WARM_UP_STEPS + 2}
+"""Calls before the first round: on a GPU some compile and capture."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train and to sample; building it raises where the package does not import."""
+
+    name: str
+    what: str
+    """What it runs, in words, for the report."""
+    train_step: Callable[[Config, int, torch.device], Work]
+    """(configuration, N, device) -> one optimizer step."""
+    sampling: Callable[[Config, int, int, torch.device], Work]
+    """(configuration, N, K, device) -> one batch from noise in K steps."""
+    compiles: bool = False
+    """Whether its first call takes minutes."""
+
+
+def _diffusers(name: str, what: str, tuning: Tuning) -> Contender:
+    build = peer_diffusers.tuned_loop if tuning.fused else peer_diffusers.pipeline
+    return Contender(
+        name,
+        what,
+        lambda config, n, device: peer_diffusers.train_step(config, n, device, tuning),
+        lambda config, n, steps, device: build(config, n, steps, device, tuning),
+        compiles=bool(tuning.compile_mode),
+    )
+
+
+def contenders(device: torch.device) -> list[Contender]:
+    """Return who is compared on a device: the engine first, those that compile last."""
+    ours = Contender(
+        OURS,
+        f"the engine as it runs by default here: {default_variant(device)}",
+        lambda config, n, device: train_step(config, n, default_variant(device), device).work,
+        lambda config, n, steps, device: sampling(config, n, steps, default_variant(device), device).work,
+    )
+    shipped = _diffusers("diffusers", "as shipped: float32, eager, AdamW, EMAModel, DDPMPipeline", Tuning())
+    lucidrains = Contender(
+        "denoising-diffusion-pytorch",
+        "as shipped, around its own U-Net of the same widths, which is another network: float32, eager",
+        peer_lucidrains.train_step,
+        peer_lucidrains.sampling,
+    )
+    if device.type == "cuda":
+        tuning = Tuning(channels_last=True, half=True, compile_mode="max-autotune", fused=True)
+        what = "bfloat16, channels-last, torch.compile(mode='max-autotune') with CUDA graphs, fused AdamW and EMA"
+        return [ours, shipped, lucidrains, _diffusers("diffusers, tuned", what, tuning)]
+    nhwc = _diffusers("diffusers, channels-last", "as shipped, but channels-last", Tuning(channels_last=True))
+    tuning = Tuning(channels_last=True, compile_mode="default", fused=True)
+    what = "float32, channels-last, torch.compile, fused AdamW and EMA"
+    return [ours, shipped, nhwc, lucidrains, _diffusers("diffusers, compiled", what, tuning)]
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def compare(builds: Mapping[str, Callable[[], Work]], clock: Clock, seconds: float) -> list[dict[str, Any]]:
+    """Time contenders in turns.
+
+    Args:
+        builds: by contender's name, OURS among them; each is built and warmed up before the first round.
+        clock: of their device.
+        seconds: to spend on the rounds.
+
+    Returns:
+        A row a contender: seconds a call and how many times as long as OURS it took, round by round, or the reason
+        why it could not run.
+    """
+    works: dict[str, Work] = {}
+    rows: dict[str, dict[str, Any]] = {name: {"name": name} for name in builds}
+    for name, build in builds.items():
+        try:
+            works[name] = build()
+            rows[name]["first_call_seconds"] = warm_up(works[name], clock, WARM_UP[clock.device.type])
+        except Exception as error:  # whatever a peer stumbles over is its row, not this report's end
+            if name == OURS:
+                raise
+            works.pop(name, None)
+            rows[name]["reason"] = one_line(error)
+    taken = interleave(works, clock, seconds)
+    for name, samples in taken.items():
+        rows[name]["seconds"] = samples.to_json()
+        rows[name]["times_as_long"] = ratio(samples, taken[OURS]).to_json()
+    return list(rows.values())

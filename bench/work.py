@@ -1,0 +1,95 @@
+"""How much a U-Net must compute and move: what measured times are divided into.
+
+Counted on the meta device, where tensors have shapes and no values: nothing is computed. FLOPs are those of
+convolutions and matrix products, 2 for a multiply and an add (`torch.utils.flop_counter`): the paper's CIFAR-10 U-Net
+has 12.44 GFLOP an image forward. Bytes are the least that an unfused network moves: each convolution, linear layer
+and GroupNorm reads its input and its weights once and writes its output once.
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from collections import Counter
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_fast.blocks import GroupNormSiLU
+from ddpm_fast.config import UNetConfig
+from ddpm_fast.unet import UNet
+
+
+class NormShape(NamedTuple):
+    """One GroupNorm of the U-Net."""
+
+    channels: int
+    height: int
+    width: int
+    shifted: bool  # by the time embedding
+    silu: bool
+
+
+def _meta_pass(config: UNetConfig, training: bool, hook: Any = None) -> None:
+    with torch.device("meta"):
+        unet = UNet(config)
+        x = torch.empty(1, config.image_channels, config.height, config.width)
+        t = torch.zeros(1, dtype=torch.int64)
+    if hook is not None:
+        for module in unet.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | GroupNormSiLU):
+                module.register_forward_hook(hook)
+    with torch.set_grad_enabled(training):
+        out = unet(x, t)
+    if training:
+        out.sum().backward()
+
+
+@cache
+def unet_flop(config: UNetConfig, training: bool) -> int:
+    """Return the FLOPs an image of a forward pass, or of a forward and a backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        _meta_pass(config, training)
+    return counter.get_total_flops()
+
+
+@cache
+def unet_elements(config: UNetConfig) -> tuple[int, int]:
+    """Return the activations an image that layers read and write, and the weights that they read, in elements."""
+    activations, weights = 0, 0
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal activations, weights
+        activations += inputs[0].numel() + output.numel()
+        weights += sum(parameter.numel() for parameter in module.parameters())
+
+    _meta_pass(config, training=False, hook=add)
+    return activations, weights
+
+
+def unet_bytes(config: UNetConfig, images: int, training: bool, dtype: torch.dtype) -> int:
+    """Return the least bytes of one pass over a batch; the backward pass moves about twice what the forward does."""
+    activations, weights = unet_elements(config)
+    return (activations * images + weights) * dtype.itemsize * (3 if training else 1)
+
+
+@cache
+def parameters(config: UNetConfig) -> int:
+    """Return the number of the U-Net's parameters."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in UNet(config).parameters())
+
+
+@cache
+def norm_shapes(config: UNetConfig) -> Counter[NormShape]:
+    """Return the U-Net's GroupNorms with how often each occurs in one pass."""
+    found: Counter[NormShape] = Counter()
+
+    def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, GroupNormSiLU):
+            _, channels, height, width = inputs[0].shape
+            shifted = len(inputs) > 1 and inputs[1] is not None
+            found[NormShape(channels, height, width, shifted, module.silu)] += 1
+
+    _meta_pass(config, training=False, hook=see)
+    return found

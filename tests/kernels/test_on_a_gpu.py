@@ -1,0 +1,116 @@
+"""What only a GPU can show: launches do not wait for it, can be captured, and touch no memory but their own."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_fast import ops
+from ddpm_fast.config import DiffusionConfig
+from ddpm_fast.noise import key_from_seed
+from ddpm_fast.samplers import sampler_table
+from ddpm_fast.schedule import training_table
+
+pytestmark = pytest.mark.gpu
+OPS = ("q_sample", "noise_mse", "noise_mse_backward", "group_norm_silu", "timestep_embedding", "reverse_step")
+
+
+class Call:
+    """One op on fixed tensors, of which `changing` may be written between two runs."""
+
+    def __init__(self, op: str) -> None:
+        self.key = key_from_seed(3, "cuda")
+        self.index = torch.arange(4, device="cuda")
+        self.t = torch.tensor([0, 10, 500, 999], device="cuda")
+        self.step = torch.tensor([3], device="cuda")
+        self.x = torch.randn(4, 32, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)
+        self.images = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+        self.table = training_table(DiffusionConfig()).cuda()
+        self.rows = sampler_table(DiffusionConfig()).rows.float().cuda()
+        self.run: Callable[[], Tensor] = getattr(self, op)
+        self.changing = {"timestep_embedding": self.t, "reverse_step": self.step}.get(op, self.key)
+
+    def address(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.t, self.table, self.key, self.index
+
+    def q_sample(self) -> Tensor:
+        return ops.q_sample(self.images, *self.address(), flip=True, dtype=torch.bfloat16, channels_last=True)
+
+    def noise_mse(self) -> Tensor:
+        return ops.noise_mse(self.x[:, :3].contiguous(), self.images, *self.address())
+
+    def noise_mse_backward(self) -> Tensor:
+        prediction = self.x[:, :3].contiguous()
+        return ops._noise_mse_backward(torch.ones(4, device="cuda"), prediction, self.images, *self.address(), False)
+
+    def group_norm_silu(self) -> Tensor:
+        dropout = ops.Dropout(0.5, self.key, self.index, 1)
+        weight, bias = torch.ones(32, device="cuda"), torch.zeros(32, device="cuda")
+        return ops.group_norm_silu(self.x, weight, bias, 8, dropout=dropout)
+
+    def timestep_embedding(self) -> Tensor:
+        return ops.timestep_embedding(self.t, 64)
+
+    def reverse_step(self) -> Tensor:
+        x, out = self.x[:, :3].contiguous(), self.x[:, 3:6].contiguous()
+        ops.reverse_step(x, out, self.rows, self.step, self.key, self.index, clip=True, noisy=True)
+        return x
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_launch_does_not_wait(op):
+    call = Call(op)
+    call.run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_captured_launch_reads_what_changed(op):
+    call = Call(op)
+    before = call.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = call.run()
+    graph.replay()
+    assert torch.equal(replayed, before)
+    call.changing.add_(1)
+    if op == "timestep_embedding":
+        call.changing.clamp_(max=999)
+    graph.replay()
+    assert torch.equal(replayed, call.run())
+    assert not torch.equal(replayed, before)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    """On a reduced set: the captured launches above, whose tensors are small."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import test_on_a_gpu as t\n"
+    script += "for op in t.OPS: t.Call(op).run()\nimport torch; torch.cuda.synchronize()"
+    command = [
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-c",
+        script,
+        str(Path(__file__).parent),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=550)
+    said = done.stdout + done.stderr
+    if done.returncode != 0 and "ERROR SUMMARY" not in said:
+        pytest.skip(f"compute-sanitizer refused: {said.strip().splitlines()[-1] if said.strip() else done.returncode}")
+    assert done.returncode == 0, said[-3000:]
