@@ -4,9 +4,9 @@
     python tests/kernels/compile_all.py --only q_sample noise_mse --sm 90 --json
     python tests/kernels/compile_all.py --write profiles/kernels-compiled.md
 
-No GPU is needed, but a process without TRITON_INTERPRET (there a jitted function is of another class). What to compile
-is what the launchers launch when they are given tensors without memory; the files `specialise_*.py` beside this one
-call them with the presets' shapes: each has `specialisations`, which yields them.
+It takes some three minutes on two cores, and no GPU; but a process without TRITON_INTERPRET, where a jitted function is
+of another class. What to compile is what the launchers launch when they are given tensors without memory; the files
+`specialise_*.py` beside this one call them with the presets' shapes: each has `specialisations`, which yields them.
 """
 
 import argparse
