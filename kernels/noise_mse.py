@@ -16,31 +16,31 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.kernels import checks
-from ddpm_fast.kernels.philox import FLIP, TRAINING, first_word, load_key, load_word
-from ddpm_fast.kernels.pixel_tiles import load_column, load_x_start, tile_normals, tile_pixels, tile_places
+from ddpm_fast.kernels.pixel_tiles import load_column
+from ddpm_fast.kernels.training_tiles import (
+    COLUMN_C,
+    COLUMN_D,
+    COLUMN_M,
+    COLUMNS,
+    example_arguments,
+    load_example,
+    locate_example,
+)
 
-# The columns of `ddpm_fast.schedule.TrainingTable`, which kernels may not import; a test holds them together.
-COLUMN_C = tl.constexpr(2)
-COLUMN_D = tl.constexpr(3)
-COLUMN_M = tl.constexpr(4)
-COLUMNS = tl.constexpr(5)
 PARTIALS = tl.constexpr(256)  # of an image, added at once
 
 
 @triton.jit
 def tile_difference(
-    prediction_ptr, images_ptr, image, group, first_pixel, sample, flipped, c, d, k0, k1, HW, W,
+    prediction_ptr, images_ptr, image, group, first_pixel, noise, c, d, HW, W,
     C: tl.constexpr, MIRROR: tl.constexpr, NHWC: tl.constexpr, IMAGES_NHWC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return prediction - target over a tile, 0 outside the image, with the places' offsets and mask."""
-    pixel, channel, offset, real = tile_places(first_pixel, group, HW, C, NHWC, BLOCK)
-    x_start = load_x_start(
-        images_ptr, image, pixel, channel, offset, real, flipped, HW, W, C, IMAGES_NHWC, NHWC, MIRROR
+    x_start, eps, place, real = load_example(
+        images_ptr, image, group, first_pixel, noise, HW, W, C, MIRROR, NHWC, IMAGES_NHWC, BLOCK
     )
-    eps = tile_normals(first_pixel, group, sample, 0, TRAINING, k0, k1, C, NHWC, BLOCK)
-    base = image.to(tl.int64) * HW * C
-    prediction = tl.load(prediction_ptr + base + offset, mask=real, other=0.0).to(tl.float32)
-    return tl.where(real, prediction - (c * eps + d * x_start), 0.0), base + offset, real
+    prediction = tl.load(prediction_ptr + place, mask=real, other=0.0).to(tl.float32)
+    return tl.where(real, prediction - (c * eps + d * x_start), 0.0), place, real
 
 
 @triton.jit
@@ -62,20 +62,15 @@ def noise_mse_kernel(
     IMAGES_NHWC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image = tl.program_id(0) // tiles
-    first_pixel = (tl.program_id(0) % tiles) * BLOCK
-    k0, k1 = load_key(key_ptr)
-    sample = load_word(sample_index_ptr + image)
-    t = tl.load(t_ptr + image)
-    row_ptr = table_ptr + t * COLUMNS
-    inside = (t >= 0) & (t < T)
+    image, first_pixel, row_ptr, inside, noise = locate_example(
+        t_ptr, table_ptr, key_ptr, sample_index_ptr, T, tiles, MIRROR, BLOCK
+    )
     c = load_column(row_ptr, COLUMN_C, inside)
     d = load_column(row_ptr, COLUMN_D, inside)
-    flipped = first_word(sample, FLIP, k0, k1) >= 0x80000000 if MIRROR else False
     total = 0.0
     for group in range((C + 3) // 4):
         difference, _, _ = tile_difference(
-            prediction_ptr, images_ptr, image, group, first_pixel, sample, flipped, c, d, k0, k1, HW, W,
+            prediction_ptr, images_ptr, image, group, first_pixel, noise, c, d, HW, W,
             C, MIRROR, NHWC, IMAGES_NHWC, BLOCK,
         )  # fmt: skip
         total += tl.sum(difference * difference)
@@ -124,20 +119,15 @@ def noise_mse_backward_kernel(
     IMAGES_NHWC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image = tl.program_id(0) // tiles
-    first_pixel = (tl.program_id(0) % tiles) * BLOCK
-    k0, k1 = load_key(key_ptr)
-    sample = load_word(sample_index_ptr + image)
-    t = tl.load(t_ptr + image)
-    row_ptr = table_ptr + t * COLUMNS
-    inside = (t >= 0) & (t < T)
+    image, first_pixel, row_ptr, inside, noise = locate_example(
+        t_ptr, table_ptr, key_ptr, sample_index_ptr, T, tiles, MIRROR, BLOCK
+    )
     c = load_column(row_ptr, COLUMN_C, inside)
     d = load_column(row_ptr, COLUMN_D, inside)
     scale = 2.0 * tl.load(grad_ptr + image) * load_column(row_ptr, COLUMN_M, inside) / elements
-    flipped = first_word(sample, FLIP, k0, k1) >= 0x80000000 if MIRROR else False
     for group in range((C + 3) // 4):
         difference, offset, real = tile_difference(
-            prediction_ptr, images_ptr, image, group, first_pixel, sample, flipped, c, d, k0, k1, HW, W,
+            prediction_ptr, images_ptr, image, group, first_pixel, noise, c, d, HW, W,
             C, MIRROR, NHWC, IMAGES_NHWC, BLOCK,
         )  # fmt: skip
         tl.store(grad_prediction_ptr + offset, scale * difference, mask=real)
@@ -151,19 +141,10 @@ def arguments(
     Raises:
         ValueError: a shape, dtype, device or layout is not taken.
     """
-    N, C, H, W = checks.image_shape("prediction", prediction)
-    device = prediction.device
-    checks.check("prediction", prediction, (N, C, H, W), checks.FLOATS, device)
-    checks.check("images", images, (N, C, H, W), (torch.uint8, *checks.FLOATS), device)
-    checks.check_dense("t", t, (N,), (torch.int64,), device)
-    checks.check_dense("table", table, (len(table), COLUMNS.value), (torch.float32,), device)
-    checks.check_address(key, sample_index, N, device)
-    BLOCK, warps = tile_pixels(C, H * W)
-    pointers = {"prediction_ptr": prediction, "images_ptr": images, "t_ptr": t, "table_ptr": table}
-    address = {"key_ptr": key, "sample_index_ptr": sample_index}
-    sizes = {"HW": H * W, "W": W, "T": len(table), "tiles": triton.cdiv(H * W, BLOCK), "C": C, "MIRROR": flip}
-    layouts = {"NHWC": checks.is_nhwc(prediction=prediction), "IMAGES_NHWC": checks.is_nhwc(images=images)}
-    return {**pointers, **address, **sizes, **layouts, "BLOCK": BLOCK, "num_warps": warps}
+    shape = checks.image_shape("prediction", prediction)
+    checks.check("prediction", prediction, shape, checks.FLOATS, prediction.device)
+    shared = example_arguments(prediction, images, t, table, key, sample_index, flip)
+    return {**shared, "prediction_ptr": prediction, "NHWC": checks.is_nhwc(prediction=prediction)}
 
 
 def noise_mse(

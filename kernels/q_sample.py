@@ -12,13 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.kernels import checks
-from ddpm_fast.kernels.philox import FLIP, TRAINING, first_word, load_key, load_word
-from ddpm_fast.kernels.pixel_tiles import load_column, load_x_start, tile_normals, tile_pixels, tile_places
-
-# The columns of `ddpm_fast.schedule.TrainingTable`, which kernels may not import; a test holds them together.
-COLUMN_A = tl.constexpr(0)
-COLUMN_B = tl.constexpr(1)
-COLUMNS = tl.constexpr(5)
+from ddpm_fast.kernels.pixel_tiles import load_column
+from ddpm_fast.kernels.training_tiles import COLUMN_A, COLUMN_B, example_arguments, load_example, locate_example
 
 
 @triton.jit
@@ -39,24 +34,16 @@ def q_sample_kernel(
     IMAGES_NHWC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image = tl.program_id(0) // tiles
-    first_pixel = (tl.program_id(0) % tiles) * BLOCK
-    k0, k1 = load_key(key_ptr)
-    sample = load_word(sample_index_ptr + image)
-    t = tl.load(t_ptr + image)
-    row_ptr = table_ptr + t * COLUMNS
-    inside = (t >= 0) & (t < T)
+    image, first_pixel, row_ptr, inside, noise = locate_example(
+        t_ptr, table_ptr, key_ptr, sample_index_ptr, T, tiles, MIRROR, BLOCK
+    )
     a = load_column(row_ptr, COLUMN_A, inside)
     b = load_column(row_ptr, COLUMN_B, inside)
-    flipped = first_word(sample, FLIP, k0, k1) >= 0x80000000 if MIRROR else False
     for group in range((C + 3) // 4):
-        pixel, channel, offset, real = tile_places(first_pixel, group, HW, C, NHWC, BLOCK)
-        x_start = load_x_start(
-            images_ptr, image, pixel, channel, offset, real, flipped, HW, W, C, IMAGES_NHWC, NHWC, MIRROR
+        x_start, eps, place, real = load_example(
+            images_ptr, image, group, first_pixel, noise, HW, W, C, MIRROR, NHWC, IMAGES_NHWC, BLOCK
         )
-        eps = tile_normals(first_pixel, group, sample, 0, TRAINING, k0, k1, C, NHWC, BLOCK)
-        x_t = a * x_start + b * eps
-        tl.store(x_t_ptr + image.to(tl.int64) * HW * C + offset, x_t, mask=real)
+        tl.store(x_t_ptr + place, a * x_start + b * eps, mask=real)
 
 
 def q_sample(
@@ -74,38 +61,13 @@ def q_sample(
     Raises:
         ValueError: a shape, dtype, device or layout is not taken. A t outside the table gives NaN.
     """
-    N, C, H, W = checks.image_shape("images", images)
-    device = images.device
-    checks.check("images", images, (N, C, H, W), (torch.uint8, *checks.FLOATS), device)
-    checks.check_dense("t", t, (N,), (torch.int64,), device)
-    checks.check_dense("table", table, (len(table), COLUMNS.value), (torch.float32,), device)
-    checks.check_address(key, sample_index, N, device)
+    N, _, _, _ = checks.image_shape("images", images)
+    shared = example_arguments(images, images, t, table, key, sample_index, flip)
     checks.check_dtype("dtype", dtype, checks.FLOATS)
-    images_nhwc = checks.is_nhwc(images=images)
-    BLOCK, warps = tile_pixels(C, H * W)
-    tiles = triton.cdiv(H * W, BLOCK)
-    grid = checks.grid("images", images, N * tiles)
+    grid = checks.grid("images", images, N * shared["tiles"])
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x_t = torch.empty((N, C, H, W), dtype=dtype, device=device, memory_format=layout)
-    if N == 0:
-        return x_t
-    with torch.cuda.device_of(images):
-        q_sample_kernel[grid](
-            x_t_ptr=x_t,
-            images_ptr=images,
-            t_ptr=t,
-            table_ptr=table,
-            key_ptr=key,
-            sample_index_ptr=sample_index,
-            HW=H * W,
-            W=W,
-            T=len(table),
-            tiles=tiles,
-            C=C,
-            MIRROR=flip,
-            NHWC=checks.is_nhwc(x_t=x_t),
-            IMAGES_NHWC=images_nhwc,
-            BLOCK=BLOCK,
-            num_warps=warps,
-        )
+    x_t = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=layout)
+    if N:
+        with torch.cuda.device_of(images):
+            q_sample_kernel[grid](x_t_ptr=x_t, NHWC=checks.is_nhwc(x_t=x_t), **shared)
     return x_t

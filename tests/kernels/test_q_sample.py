@@ -11,7 +11,7 @@ from ddpm_fast.noise import Stream, key_from_seed
 from ddpm_fast.schedule import TrainingTable, training_table
 
 pytest.importorskip("triton")
-from ddpm_fast.kernels import q_sample as module
+from ddpm_fast.kernels import training_tiles as module
 from ddpm_fast.kernels.q_sample import q_sample
 
 TABLE = training_table(DiffusionConfig(), dtype=torch.float64)
