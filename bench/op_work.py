@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.clock import Clock
-from bench.work import NormShape, norm_shapes
-from ddpm_fast import ops
+from ddpm_fast import check_kernels, ops
 from ddpm_fast.config import Config
 from ddpm_fast.noise import key_from_seed
 from ddpm_fast.samplers import sampler_table
@@ -120,7 +119,7 @@ def noise_mse(config: Config, n: int, dtype: torch.dtype, clock: Clock, backward
     return OpWork(name, f"{n} images", sets, ops.noise_mse, moved, operations)
 
 
-def group_norm_silu(norm: NormShape, groups: int, n: int, dtype: torch.dtype, clock: Clock, backward: bool) -> OpWork:
+def group_norm_silu(norm: check_kernels.Norm, n: int, dtype: torch.dtype, clock: Clock, backward: bool) -> OpWork:
     """Normalise one feature map: reads and writes it once; backward reads it and dy, and writes dx."""
     shape = (n, norm.channels, norm.height, norm.width)
     elements = n * norm.channels * norm.height * norm.width
@@ -129,12 +128,12 @@ def group_norm_silu(norm: NormShape, groups: int, n: int, dtype: torch.dtype, cl
     def make() -> Callable[[Op], object]:
         x, dy = (torch.randn(shape, device=clock.device).to(dtype, memory_format=torch.channels_last) for _ in range(2))
         weight, bias = (torch.randn(norm.channels, device=clock.device, requires_grad=backward) for _ in range(2))
-        shift = torch.randn(n, norm.channels, device=clock.device).to(dtype) if norm.shifted else None
+        shift = torch.randn(n, norm.channels, device=clock.device).to(dtype) if norm.shift else None
         x.requires_grad_(backward)
 
         def call(op: Op) -> object:
             with torch.set_grad_enabled(backward):  # without gradients it is what sampling runs
-                y = op(x, weight, bias, groups, shift=shift, silu=norm.silu)
+                y = op(x, weight, bias, norm.groups, shift=shift, silu=norm.silu)
                 return torch.autograd.grad(y, (x, weight, bias), dy) if backward else y
 
         return call
@@ -142,7 +141,7 @@ def group_norm_silu(norm: NormShape, groups: int, n: int, dtype: torch.dtype, cl
     name = "group_norm_silu" if norm.silu else "group_norm"
     name += ", forward and backward" if backward else ""
     operations = elements * OPERATIONS["group_norm_silu"] * (3 if backward else 1)
-    text = f"{n}x{norm.channels}x{norm.height}x{norm.width}" + (" with shift" if norm.shifted else "")
+    text = f"{n}x{norm.channels}x{norm.height}x{norm.width}" + (" with shift" if norm.shift else "")
     return OpWork(name, text, _repeated(make, moved, clock), ops.group_norm_silu, moved, operations)
 
 
@@ -194,17 +193,17 @@ def builders(
         "timestep_embedding": partial(timestep_embedding, config, n, clock),
         "reverse_step": partial(reverse_step, config, n, dtype, clock),
     }
-    counted = norm_shapes(config.unet)
+    counted = check_kernels.norms(config.unet)
     by_bytes = sorted(counted, key=lambda norm: -counted[norm] * norm.channels * norm.height * norm.width)
     for norm in by_bytes[:norms]:
         name = f"group_norm-{norm.channels}x{norm.height}x{norm.width}"
-        name += ("-shift" if norm.shifted else "") + ("-silu" if norm.silu else "")
+        name += ("-shift" if norm.shift else "") + ("-silu" if norm.silu else "")
         for suffix, backward in (("", False), ("-backward", True)):
-            found[name + suffix] = partial(_counted_norm, counted[norm], norm, config, n, dtype, clock, backward)
+            found[name + suffix] = partial(_counted_norm, counted[norm], norm, n, dtype, clock, backward)
     return found
 
 
 def _counted_norm(
-    count: int, norm: NormShape, config: Config, n: int, dtype: torch.dtype, clock: Clock, backward: bool
+    count: int, norm: check_kernels.Norm, n: int, dtype: torch.dtype, clock: Clock, backward: bool
 ) -> OpWork:
-    return replace(group_norm_silu(norm, config.unet.groups, n, dtype, clock, backward), count=count)
+    return replace(group_norm_silu(norm, n, dtype, clock, backward), count=count)

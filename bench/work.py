@@ -7,9 +7,8 @@ and GroupNorm reads its input and its weights once and writes its output once.
 Shapes: N images, C channels, H x W pixels.
 """
 
-from collections import Counter
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_fast.blocks import GroupNormSiLU
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.unet import UNet
-
-
-class NormShape(NamedTuple):
-    """One GroupNorm of the U-Net."""
-
-    channels: int
-    height: int
-    width: int
-    shifted: bool  # by the time embedding
-    silu: bool
 
 
 def _meta_pass(config: UNetConfig, training: bool, hook: Any = None) -> None:
@@ -78,18 +67,3 @@ def parameters(config: UNetConfig) -> int:
     """Return the number of the U-Net's parameters."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in UNet(config).parameters())
-
-
-@cache
-def norm_shapes(config: UNetConfig) -> Counter[NormShape]:
-    """Return the U-Net's GroupNorms with how often each occurs in one pass."""
-    found: Counter[NormShape] = Counter()
-
-    def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, GroupNormSiLU):
-            _, channels, height, width = inputs[0].shape
-            shifted = len(inputs) > 1 and inputs[1] is not None
-            found[NormShape(channels, height, width, shifted, module.silu)] += 1
-
-    _meta_pass(config, training=False, hook=see)
-    return found

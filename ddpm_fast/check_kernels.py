@@ -8,6 +8,7 @@ each input read once and each output written once.
 Shapes: N images, C channels, H x W pixels.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -61,9 +62,9 @@ class Norm(NamedTuple):
     dropout: float
 
 
-def norms(config: UNetConfig) -> list[Norm]:
-    """List the different GroupNorms of a U-Net, in forward order, by running it without data."""
-    found: dict[Norm, None] = {}
+def norms(config: UNetConfig) -> Counter[Norm]:
+    """Count the different GroupNorms of a U-Net in training, in forward order, by running it without data."""
+    found: Counter[Norm] = Counter()
 
     def look(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         assert isinstance(module, GroupNormSiLU)
@@ -71,7 +72,7 @@ def norms(config: UNetConfig) -> list[Norm]:
         shift, dropout = (*rest, None, None)[:2]
         _, channels, height, width = x.shape
         probability = 0.0 if dropout is None else dropout.probability
-        found[Norm(channels, height, width, module.groups, module.silu, shift is not None, probability)] = None
+        found[Norm(channels, height, width, module.groups, module.silu, shift is not None, probability)] += 1
 
     with torch.device("meta"):
         unet = UNet(config).use_kernels(False)
@@ -81,7 +82,7 @@ def norms(config: UNetConfig) -> list[Norm]:
         one = torch.zeros(1, dtype=torch.int64)
         x = torch.zeros(1, config.image_channels, config.height, config.width)
         unet(x, one, NoiseAddress(torch.zeros(2, dtype=torch.int64), one))
-    return list(found)
+    return found
 
 
 def _largest(results: Sequence[Tensor]) -> list[float]:

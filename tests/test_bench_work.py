@@ -17,7 +17,8 @@ from bench.clock import clock_for
 from bench.engine import CONFIGURATIONS, Variant, default_variant, sampling, train_step, variants, with_image_size
 from bench.op_work import MOST_SETS, builders, forms
 from bench.peers import OURS, compare, contenders
-from bench.work import norm_shapes, parameters, unet_bytes, unet_elements, unet_flop
+from bench.work import parameters, unet_bytes, unet_elements, unet_flop
+from ddpm_fast.check_kernels import norms
 from ddpm_fast.config import Config, TrainingConfig, UNetConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -32,18 +33,16 @@ def test_the_papers_unet_is_counted_as_published():
     assert round(unet_flop(CIFAR, training=False) / 1e9, 2) == 12.44
     assert unet_flop(CIFAR, training=True) / unet_flop(CIFAR, training=False) == pytest.approx(3, rel=0.01)
     assert parameters(CIFAR) == 35_746_307
-    shapes = norm_shapes(CIFAR)
+    shapes = norms(CIFAR)
     assert sum(shapes.values()) == 51
     assert sum(n * s.channels * s.height * s.width for s, n in shapes.items()) == pytest.approx(3.37e6, rel=0.01)
-    assert sum(n for s, n in shapes.items() if s.shifted) == 22
+    assert sum(n for s, n in shapes.items() if s.shift) == 22
 
 
 def test_weights_are_read_once_a_batch_and_activations_once_an_image():
     activations, weights = unet_elements(CIFAR)
     # The blocks' projections of the time embedding are not layers of a step: the loop has computed them before.
-    projections = sum(
-        (4 * CIFAR.channels + 1) * shape.channels * n for shape, n in norm_shapes(CIFAR).items() if shape.shifted
-    )
+    projections = sum((4 * CIFAR.channels + 1) * shape.channels * n for shape, n in norms(CIFAR).items() if shape.shift)
     assert weights == parameters(CIFAR) - projections
     one, two = (unet_bytes(CIFAR, n, training=False, dtype=torch.bfloat16) for n in (1, 2))
     assert two - one == 2 * activations
