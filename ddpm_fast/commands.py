@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_fast import checkpoint
 from ddpm_fast.arguments import SampleArguments
 from ddpm_fast.check import check_run, check_start, report, report_kernels
-from ddpm_fast.config import Config, InputError, with_training
+from ddpm_fast.config import Config, InputError, Precision, with_training
 from ddpm_fast.data import open_dataset
 from ddpm_fast.execution import choose_device, choose_dtype, choose_execution, choose_kernels, choose_tf32
 from ddpm_fast.images import grid, save_animation, save_image, to_uint8
@@ -31,9 +31,11 @@ def _progress() -> bool:
     return sys.stderr.isatty()
 
 
-def _require_device(name: str) -> torch.device:
+def _prepare_device(name: str, precision: Precision) -> torch.device:
+    """Return the device, set to compute in that precision, or refuse one that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is no NVIDIA GPU that this PyTorch can use; leave the flag out")
+    choose_tf32(precision)
     return choose_device(name)
 
 
@@ -58,7 +60,7 @@ def _enough_memory(device: torch.device, batch_size: int) -> Iterator[None]:
 
 def train(config: Config, out: str, resume: bool) -> int:
     """Check the mathematics, then train; returns the exit status."""
-    device = _require_device(config.training.device)
+    device = _prepare_device(config.training.device, config.training.precision)
     directory = Path(out) if out else _next_free(Path("runs"), config.preset)
     dataset = open_dataset(config.data, config.unet, progress=_progress())
     if dataset.skipped:
@@ -104,7 +106,7 @@ def load_unet(found: checkpoint.Checkpoint, weights: str, device: torch.device) 
 
 def sample(arguments: SampleArguments) -> int:
     """Make images of a checkpoint and write them; returns the exit status."""
-    device = _require_device(arguments.device)
+    device = _prepare_device(arguments.device, arguments.precision)
     found = checkpoint.resolve(Path(arguments.run))
     try:
         table = sampler_table(found.config.diffusion, arguments.sampler_config())
@@ -119,7 +121,6 @@ def sample(arguments: SampleArguments) -> int:
 
     started = time.perf_counter()
     unet = load_unet(found, arguments.weights, device).use_kernels(choose_kernels(arguments.kernels))
-    choose_tf32(arguments.precision)
     execution = choose_execution(arguments.compile, arguments.capture, device)
     loop = Loop(unet, table, choose_dtype(arguments.precision, device), execution)
     frames: list[Tensor] = []
@@ -150,6 +151,7 @@ def sample(arguments: SampleArguments) -> int:
         "checkpoint_step": found.step,
         "device": str(device),
         "precision": str(loop.dtype).removeprefix("torch."),
+        "graph_megabytes": round(loop.graph_bytes / 1e6, 1),
         "seconds": round(seconds, 3),
     }
     with checkpoint.writing(directory):
@@ -171,7 +173,8 @@ def check(config: Config, run: str) -> int:
     """Check a trained run, or what a configuration describes, in full; returns the exit status."""
     found = checkpoint.resolve(Path(run)) if run else None
     if found is not None:
-        config = with_training(found.config, device=config.training.device)
-    device = _require_device(config.training.device)
+        asked = config.training
+        config = with_training(found.config, device=asked.device, kernels=asked.kernels)
+    device = _prepare_device(config.training.device, config.training.precision)
     dataset = open_dataset(config.data, config.unet, progress=_progress())
     return report(check_run(config, dataset, device, found), full=True) or report_kernels(config, device)

@@ -7,7 +7,6 @@ Shapes: N images, C channels, H x W pixels, K steps, S the U-Net's time shifts.
 """
 
 import copy
-import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ DIFFERENCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], None]
-log = logging.getLogger(__name__)
 
 
 class Stage:
@@ -107,6 +105,7 @@ class Loop:
         self.time_shifts = self._compute_time_shifts(unet)
         self.denoise: Denoise = execution.compile(self.unet.denoise)
         self.graphs = graphs or (CudaGraphs(self.device) if execution.captured else None)
+        self.graph_bytes = 0  # that captures took, all batch sizes together
         self.stages: OrderedDict[int, Stage] = OrderedDict()
 
     @torch.no_grad()
@@ -154,8 +153,7 @@ class Loop:
         if len(self.rows) >= GRAPH_STEPS:
             stage.many_steps = graphs.capture(lambda: take(GRAPH_STEPS))
         self._compare(stage)
-        megabytes = (memory_of(self.device) - before) / 1e6
-        log.info("captured the step for batches of %d: %.0f MB", len(stage.x), megabytes)
+        self.graph_bytes += memory_of(self.device) - before
 
     def _compare(self, stage: Stage) -> None:
         """Compare the captured loop with the eager one over a few steps.

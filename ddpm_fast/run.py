@@ -26,7 +26,7 @@ from ddpm_fast import checkpoint
 from ddpm_fast.batches import BatchSource
 from ddpm_fast.config import Config, InputError, MathematicsError, SamplerConfig, from_dict, to_dict, with_training
 from ddpm_fast.data import Dataset
-from ddpm_fast.execution import choose_device, choose_execution, choose_tf32
+from ddpm_fast.execution import choose_device, choose_execution
 from ddpm_fast.images import save_normalized_and_raw, to_uint8
 from ddpm_fast.loop import ImageRange, Loop, sample
 from ddpm_fast.noise import key_from_seed
@@ -178,7 +178,6 @@ class Run:
         self.directory, self.config, self.dataset, self.progress = directory, config, dataset, progress
         device = choose_device(config.training.device)
         source = BatchSource(dataset, key_from_seed(config.training.seed, "cpu"), device)
-        choose_tf32(config.training.precision)
         execution = choose_execution(config.training.compile, config.training.capture, device)
         self.trainer = Trainer(config, source.batch, device, execution)
         self.loop: Loop | None = None
@@ -286,7 +285,8 @@ class Run:
             if self.loop is None:  # kept, so that it is compiled and captured once
                 table = sampler_table(self.config.diffusion, sampler)
                 self.loop = Loop(averaged, table, self.trainer.dtype, self.trainer.execution)
-            self.loop.load_weights(averaged)
+            else:
+                self.loop.load_weights(averaged)
         samples = sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.progress)
         directory = self.directory / "samples"
         with checkpoint.writing(directory):
