@@ -24,7 +24,7 @@ from ddpm_fast.samplers import Row, SamplerTable
 from ddpm_fast.unet import UNet
 
 GRAPH_STEPS = 20
-"""Steps in the replayed graph: enough that launches cost nothing, few enough that its nodes (10 KB each) stay small."""
+"""Steps in the replayed graph: few launches, and few nodes (some 10 KB of memory each). Not tuned on a GPU yet."""
 MOST_STAGES = 4
 """Batch sizes whose tensors and graphs are kept; the one used longest ago is freed first."""
 COMPARED_STEPS = 3
@@ -42,7 +42,7 @@ class Stage:
     def __init__(self, images: int, unet: UNet, table: SamplerTable, dtype: torch.dtype, device: torch.device) -> None:
         config = unet.config
         shape = (images, config.image_channels, config.height, config.width)
-        # Channels-last convolutions measured faster than NCHW on GPUs and on CPUs alike.
+        # NHWC is what the kernels take, and what convolutions on a CPU ran faster on.
         self.x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
         self.x0 = torch.zeros_like(self.x) if table.multistep else None
         self.copy = None if dtype == torch.float32 else torch.zeros_like(self.x, dtype=dtype)
