@@ -145,7 +145,10 @@ def _parts(rows: list[Row]) -> list[str]:
 
 
 def _peers(rows: list[Row]) -> list[str]:
-    text = "Timed in turns, in one process; ratios are taken round by round."
+    text = (
+        "Timed in turns, in one process, which keeps freed memory for all of them as the engine does for itself; "
+        "ratios are taken round by round."
+    )
     lines = ["## Side by side", "", text, ""]
     starts = [i for i, row in enumerate(rows) if row["name"] == row["ours"]]  # each comparison begins with ours
     for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):

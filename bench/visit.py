@@ -14,6 +14,7 @@ from bench.figures import Ceilings
 from bench.sizes import Sizes, sizes_for
 from bench.work import unet_flop
 from ddpm_fast.config import Config
+from ddpm_fast.execution import keep_freed_memory
 
 Row = dict[str, Any]
 """A line of the report's tables, ready for JSON."""
@@ -41,7 +42,8 @@ class Visit:
 
     @staticmethod
     def to(device: torch.device) -> "Visit":
-        """Start on a device."""
+        """Start on a device, set up as the command line does."""
+        keep_freed_memory()
         return Visit(device, sizes_for(device), clock_for(device), energy_meter(device), loop_dtype(device))
 
     def step_seconds(self, config: Config, images: int, training: bool) -> float:

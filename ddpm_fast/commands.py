@@ -15,7 +15,14 @@ from ddpm_fast.arguments import SampleArguments
 from ddpm_fast.check import check_run, check_start, report, report_kernels
 from ddpm_fast.config import Config, InputError, Precision, with_training
 from ddpm_fast.data import open_dataset
-from ddpm_fast.execution import choose_device, choose_dtype, choose_execution, choose_kernels, choose_tf32
+from ddpm_fast.execution import (
+    choose_device,
+    choose_dtype,
+    choose_execution,
+    choose_kernels,
+    choose_tf32,
+    keep_freed_memory,
+)
 from ddpm_fast.images import grid, save_animation, save_image, to_uint8
 from ddpm_fast.loop import ImageRange, Loop
 from ddpm_fast.loop import sample as sample_images
@@ -36,6 +43,7 @@ def _prepare_device(name: str, precision: Precision) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is no NVIDIA GPU that this PyTorch can use; leave the flag out")
     choose_tf32(precision)
+    keep_freed_memory()
     return choose_device(name)
 
 
@@ -121,7 +129,9 @@ def sample(arguments: SampleArguments) -> int:
 
     started = time.perf_counter()
     unet = load_unet(found, arguments.weights, device).use_kernels(choose_kernels(arguments.kernels))
-    execution = choose_execution(arguments.compile, arguments.capture, device)
+    images = ImageRange(arguments.seed, arguments.first_index, arguments.count)
+    flop = float(unet.estimate_flop()) * steps * images.count
+    execution = choose_execution(arguments.compile, arguments.capture, device, flop)
     loop = Loop(unet, table, choose_dtype(arguments.precision, device), execution)
     frames: list[Tensor] = []
     finished = False
@@ -133,7 +143,6 @@ def sample(arguments: SampleArguments) -> int:
             frames.append(x[:ANIMATED_IMAGES].cpu())
         finished |= k == steps - 1
 
-    images = ImageRange(arguments.seed, arguments.first_index, arguments.count)
     on_step = keep_frame if arguments.animate else None
     with _enough_memory(device, arguments.batch_size):
         samples = sample_images(loop, images, arguments.batch_size, _progress(), on_step)

@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,14 @@ COMPARED_STEPS = 3
 DIFFERENCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
 """Relative difference of outputs that is still rounding: other algorithms, fused ones and TF32 round otherwise."""
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], None]
+
+
+class Parts(NamedTuple):
+    """What a step calls, compiled or not."""
+
+    denoise: Callable[[Tensor, Tensor], Tensor]
+    reverse_step: Callable[..., None]
 
 
 class Stage:
@@ -103,7 +110,10 @@ class Loop:
         self.unet = sampling_copy(unet, dtype)
         self.rows = table.rows.to(self.device, torch.float32)
         self.time_shifts = self._compute_time_shifts(unet)
-        self.denoise: Denoise = execution.compile(self.unet.denoise)
+        self.eager = Parts(self.unet.denoise, ops.reverse_step)
+        one_kernel = ops.runs_kernel(self.unet.kernels, self.rows)  # which a compiler leaves as it is
+        reverse_step = ops.reverse_step if one_kernel else execution.compile(ops.reverse_step)
+        self.parts = Parts(execution.compile(self.unet.denoise), reverse_step)
         self.graphs = graphs or (CudaGraphs(self.device) if execution.captured else None)
         self.graph_bytes = 0  # that captures took, all batch sizes together
         self.stages: OrderedDict[int, Stage] = OrderedDict()
@@ -120,13 +130,13 @@ class Loop:
             own.copy_(other)
         self.time_shifts.copy_(self._compute_time_shifts(unet))
 
-    def take_step(self, stage: Stage, denoise: Denoise) -> None:
+    def take_step(self, stage: Stage, parts: Parts) -> None:
         """Take the step whose number lies in device memory, and advance that."""
         shifts = self.time_shifts.index_select(0, stage.step).expand(len(stage.x), -1)
-        out = denoise(stage.model_input, shifts)
+        out = parts.denoise(stage.model_input, shifts)
         options = {"clip": self.table.clip, "noisy": self.table.noisy, "kernels": self.unet.kernels}
         noise = (self.rows, stage.step, stage.key, stage.sample_index)
-        ops.reverse_step(stage.x, out, *noise, x0=stage.x0, model_input=stage.copy, **options)
+        parts.reverse_step(stage.x, out, *noise, x0=stage.x0, model_input=stage.copy, **options)
         stage.step += 1
 
     def stage(self, images: int) -> Stage:
@@ -146,7 +156,7 @@ class Loop:
 
         def take(steps: int) -> None:
             for _ in range(steps):
-                self.take_step(stage, self.denoise)
+                self.take_step(stage, self.parts)
 
         graphs.warm_up(lambda: take(1))
         stage.one_step = graphs.capture(lambda: take(1))
@@ -167,7 +177,7 @@ class Loop:
         address = NoiseAddress(torch.zeros(2, dtype=torch.int64, device=device), torch.arange(images, device=device))
         steps = min(COMPARED_STEPS, len(self.rows))
         first, results = (len(self.rows) - steps) // 2, []
-        for run in (stage.one_step, lambda: self.take_step(stage, self.unet.denoise)):
+        for run in (stage.one_step, lambda: self.take_step(stage, self.eager)):
             assert run is not None
             stage.start(address, first)
             for _ in range(steps):
@@ -200,7 +210,7 @@ class Loop:
         """
         stage = self.stage(len(address.sample_index))
         stage.start(address)
-        one_step = stage.one_step or (lambda: self.take_step(stage, self.denoise))
+        one_step = stage.one_step or (lambda: self.take_step(stage, self.parts))
         done, total, launched = 0, len(self.rows), Launched(self.device, on_progress)
         while done < total:
             many = stage.many_steps if on_step is None and total - done >= GRAPH_STEPS else None
@@ -245,10 +255,16 @@ def sample(
     """
     key, batches, made = key_from_seed(images.seed, loop.device), images.batches(largest_batch), []
     total = len(loop.rows) * len(batches)
-    with tqdm(total=total, unit="step", desc="sampling", disable=not progress, leave=False) as bar:
+    desc = "compiling, then sampling" if loop.execution.compiled else "sampling"
+    with tqdm(total=total, unit="step", desc=desc, disable=not progress, leave=False) as bar:
+
+        def advance(steps: int) -> None:
+            bar.set_description("sampling", refresh=False)
+            bar.update(steps)
+
         for sample_index in batches:
             address = NoiseAddress(key, sample_index.to(loop.device))
-            made.append(loop.run(address, on_step, bar.update if progress else None).cpu())
+            made.append(loop.run(address, on_step, advance if progress else None).cpu())
     x = torch.cat(made)[: images.count]
     if not torch.isfinite(x).all():
         raise MathematicsError("a sampled value is not finite: the weights are broken, or bf16 overflowed")

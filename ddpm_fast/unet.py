@@ -93,6 +93,17 @@ class UNet(nn.Module):
         levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
         return [block for level in levels for block in level.resnets]
 
+    def estimate_flop(self) -> int:
+        """Estimate the FLOPs an image of one forward pass: every weight is used at every pixel of its level."""
+        config, last = self.config, len(self.down_blocks) - 1
+        parts = [*enumerate(self.down_blocks), (last, self.mid_block)]
+        parts += [(last - i, level) for i, level in enumerate(self.up_blocks)]
+        return sum(
+            2 * weight.numel() * (config.height >> level) * (config.width >> level)
+            for level, part in parts
+            for weight in part.parameters()
+        )
+
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw initial weights as the original code does (its `default_init`), from PyTorch's generator."""

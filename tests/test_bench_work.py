@@ -19,7 +19,8 @@ from bench.op_work import MOST_SETS, builders, forms
 from bench.peers import OURS, compare, contenders
 from bench.work import parameters, unet_bytes, unet_elements, unet_flop
 from ddpm_fast.check_kernels import norms
-from ddpm_fast.config import Config, TrainingConfig, UNetConfig
+from ddpm_fast.config import PRESETS, Config, TrainingConfig, UNetConfig
+from ddpm_fast.unet import UNet
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CIFAR = CONFIGURATIONS["cifar10"].unet
@@ -37,6 +38,13 @@ def test_the_papers_unet_is_counted_as_published():
     assert sum(shapes.values()) == 51
     assert sum(n * s.channels * s.height * s.width for s, n in shapes.items()) == pytest.approx(3.37e6, rel=0.01)
     assert sum(n for s, n in shapes.items() if s.shift) == 22
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_engines_estimate_of_flop_is_near_the_count(preset):
+    with torch.device("meta"):
+        unet = UNet(PRESETS[preset].unet)
+    assert unet.estimate_flop() == pytest.approx(unet_flop(unet.config, training=False), rel=0.1)
 
 
 def test_weights_are_read_once_a_batch_and_activations_once_an_image():

@@ -18,7 +18,7 @@ from ddpm_fast.config import (
     UNetConfig,
     with_training,
 )
-from ddpm_fast.execution import EAGER, Execution, choose_execution
+from ddpm_fast.execution import Execution
 from ddpm_fast.loop import GRAPH_STEPS, MOST_STAGES, ImageRange, Loop, sample
 from ddpm_fast.noise import NoiseAddress, key_from_seed
 from ddpm_fast.samplers import sampler_table
@@ -101,8 +101,8 @@ def test_graphs_are_reused_and_the_oldest_freed(unet):
 
 def test_a_captured_loop_that_differs_is_refused(unet):
     captured, _ = captured_loop(unet)
-    right = captured.denoise
-    captured.denoise = lambda x, shifts: right(x, shifts) * 1.5
+    right = captured.parts.denoise
+    captured.parts = captured.parts._replace(denoise=lambda x, shifts: right(x, shifts) * 1.5)
     with pytest.raises(MathematicsError, match="differs from the eager one"):
         captured.stage(2)
 
@@ -174,19 +174,6 @@ def test_a_captured_step_reads_nothing_from_the_host():
     trainer._move()
     assert float(trainer.rate) == pytest.approx(1e-3 * 2 / 5)
     assert trainer.step == 0
-
-
-@pytest.mark.parametrize(
-    ("compile", "capture", "device", "expected"),
-    [
-        (True, True, "cuda", Execution(True, True)),
-        (False, True, "cuda", Execution(False, True)),
-        (True, False, "cuda", Execution(True, False)),
-        (True, True, "cpu", EAGER),
-    ],
-)
-def test_flags_take_layers_away_and_a_cpu_has_none(compile, capture, device, expected):
-    assert choose_execution(compile, capture, torch.device(device)) == expected
 
 
 @pytest.mark.gpu

@@ -1,9 +1,12 @@
 """Sampling: the same image whatever the batch, and exactly the rows of the table."""
 
+import shutil
+
 import pytest
 import torch
 
 from ddpm_fast.config import DiffusionConfig, MathematicsError, SamplerConfig, UNetConfig
+from ddpm_fast.execution import Execution
 from ddpm_fast.loop import ImageRange, Loop, sample
 from ddpm_fast.noise import NoiseAddress, Stream, key_from_seed, normal
 from ddpm_fast.samplers import Row, sampler_table
@@ -34,6 +37,18 @@ def test_an_image_is_the_same_at_any_batch_size_and_start(unet, name, steps):
         assert part.shape == (count, 3, 8, 4)
         assert float((part - made[first : first + count]).abs().max()) < 1 / 255
     assert not torch.equal(made, sample(loop(unet, name, steps), ImageRange(4, 0, 10), 10))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for a CPU with g++")
+@pytest.mark.parametrize("name", ["ddpm", "dpm++"])
+def test_the_compiled_loop_makes_the_eager_loops_images(unet, name):
+    table = sampler_table(DIFFUSION, SamplerConfig(name, 12))
+    compiled = Loop(unet, table, execution=Execution(compiled=True))
+    for seed in (3, 4):
+        images = ImageRange(seed, 7, 4)
+        made = sample(compiled, images)
+        assert not torch.equal(made, sample(compiled, ImageRange(seed + 1, 7, 4)))
+        assert float((made - sample(Loop(unet, table), images)).abs().max()) < 1 / 255
 
 
 def test_images_are_bit_identical_in_batches_of_one_shape(unet):
