@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ddpm_fast import reference
+from ddpm_fast import narrow_groups, reference
 from ddpm_fast.reference import GROUP_NORM_EPS, Dropout
 
 RULE = "on an NVIDIA GPU every op runs its Triton kernel at every shape (no GPU has been measured yet), else PyTorch"
@@ -231,8 +231,9 @@ def group_norm_silu(
 ) -> Tensor:
     """Normalise each group of channels, then SiLU; see `reference.group_norm_silu`. The kernel takes x as NHWC."""
     if not runs_kernel(kernels, x):
+        options: dict[str, Any] = {"shift": shift, "scale_shift": scale_shift, "silu": silu, "dropout": dropout}
         return reference.group_norm_silu(
-            x, weight, bias, groups, shift=shift, scale_shift=scale_shift, silu=silu, dropout=dropout, eps=eps
+            x, weight, bias, groups, **options, eps=eps, group_norm=narrow_groups.group_norm
         )
     probability, key, sample_index, layer = dropout or (0.0, None, None, 0)
     y, _, _ = _group_norm_silu(

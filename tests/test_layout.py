@@ -15,7 +15,7 @@ OURS = [*ENGINE, *KERNELS, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROO
 # design.md, Layout: a module imports only from layers below its own, or from its own where the layer says so.
 LAYERS = [
     {"config"},
-    {"noise", "schedule", "execution", "capture"},
+    {"noise", "schedule", "execution", "capture", "narrow_groups"},
     {"samplers", "reference"},
     {"kernels"},
     {"ops"},
