@@ -4,6 +4,7 @@ Device work is asynchronous: a clock that is read without waiting measures the l
 device's peak memory and how large a cache is, since work that fits in it measures the cache.
 """
 
+import ctypes
 import gc
 import math
 import os
@@ -78,7 +79,10 @@ class Clock:
         self.forget_peak()
 
     def return_memory(self) -> None:
-        """Return what nothing uses to the device; on a CPU that has happened by itself."""
+        """Return what nothing uses to the device."""
+        gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's, which `keep_freed_memory` holds back
+            trim(0)
 
 
 class CudaClock(Clock):

@@ -15,7 +15,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.clock import Clock, Work
-from ddpm_fast import ops
+from ddpm_fast import reference
 
 OUTSIDE = "outside operators and kernels"
 
@@ -52,7 +52,7 @@ def _labelled_ops() -> Iterator[None]:
     """Put the engine's op names into the profile, so that what an op calls counts for the op."""
 
     def labelled(name: str):
-        op = getattr(ops, name)
+        op = getattr(reference, name)
 
         def call(*args, **kwargs):
             with record_function(f"op::{name}"):
@@ -62,7 +62,7 @@ def _labelled_ops() -> Iterator[None]:
 
     with ExitStack() as stack:
         for name in _OPS:
-            stack.enter_context(mock.patch.object(ops, name, labelled(name)))
+            stack.enter_context(mock.patch.object(reference, name, labelled(name)))
         yield
 
 

@@ -52,7 +52,7 @@ class SampleArguments:
     kernels: bool = True
     """Run the Triton kernels on a GPU where they are the faster way; --no-kernels is plain PyTorch everywhere."""
     compile: bool = True
-    """Compile the U-Net on a GPU with torch.compile; --no-compile runs it as written."""
+    """Compile the U-Net on a GPU, and on a CPU for long sampling; --no-compile runs it as written."""
     capture: bool = True
     """Capture each step on a GPU as a CUDA graph; --no-capture launches every kernel from Python."""
     animate: bool = False

@@ -160,6 +160,7 @@ def sample(arguments: SampleArguments) -> int:
         "checkpoint_step": found.step,
         "device": str(device),
         "precision": str(loop.dtype).removeprefix("torch."),
+        "execution": str(execution),
         "graph_megabytes": round(loop.graph_bytes / 1e6, 1),
         "seconds": round(seconds, 3),
     }

@@ -53,6 +53,11 @@ def key_from_seed(seed: int, device: torch.device | str = "cpu") -> Tensor:
 
 def _multiply_high_low(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """Return the high and low words of a 32 x 32 bit product; int64 wraps, but its bits stay right."""
+    if torch.compiler.is_compiling():
+        # For a CPU this becomes C++, where an int64 that wraps is undefined: GCC then drops the mask, and words are
+        # wrong. So no product here exceeds 48 bits.
+        low, high = word * (factor & 0xFFFF), word * (factor >> 16)
+        return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & MASK
     product = word * factor
     return (product >> 32) & MASK, product & MASK
 

@@ -69,7 +69,7 @@ class Trainer:
         self.config, self.batch, self.device, self.execution = config, batch, device, execution
         self.dtype = choose_dtype(config.training.precision, device)
         self.graphs = graphs or (CudaGraphs(device) if execution.captured else None)
-        self.losses_of_batch = execution.compile(self._losses_of_batch)
+        self._compiled_losses = execution.compile(self._losses_of_batch)
         self._warm_ups = 0
         self._replay: Work | None = None
         self.unet = new_unet(config, device).use_kernels(choose_kernels(config.training.kernels))
@@ -97,7 +97,12 @@ class Trainer:
 
     def losses(self, first_example: int, n: int) -> Tensor:
         """Compute the weighted squared errors of n training examples, eagerly: [n] float32."""
-        return self._losses_of_batch(*self.batch(first_example, n))
+        with self._autocast():
+            return self._losses_of_batch(*self.batch(first_example, n))
+
+    def _autocast(self) -> torch.autocast:
+        # Around what is compiled, not in it: PyTorch 2.13 caches no gradient's graph that enters autocast itself.
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _losses_of_batch(self, images: Tensor, sample_index: Tensor) -> Tensor:
         """Compute the weighted squared errors of a batch: [N] float32 (Algorithm 1, line 5)."""
@@ -105,8 +110,7 @@ class Trainer:
         flip, kernels = self.config.data.flip, self.unet.kernels
         address = (images, t, self.table, self.key, sample_index, flip)
         x_t = ops.q_sample(*address, dtype=self.dtype, channels_last=True, kernels=kernels)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            prediction = self.unet(x_t, t, NoiseAddress(self.key, sample_index))
+        prediction = self.unet(x_t, t, NoiseAddress(self.key, sample_index))
         return ops.noise_mse(prediction, *address, kernels=kernels)
 
     def load_batch(self) -> None:
@@ -123,7 +127,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for images, sample_index in zip(self.images.split(part), self.sample_index.split(part), strict=True):
-            loss = self.losses_of_batch(images, sample_index).sum() / training.batch_size
+            with self._autocast():
+                losses = self._compiled_losses(images, sample_index)
+            loss = losses.sum() / training.batch_size
             loss.backward()
             total += loss.detach()
         return total
@@ -225,7 +231,7 @@ class Trainer:
         """Run the latched step again (its noise has an address) and say where a value stops being finite."""
         self.step = int(self.bad_step)
         self.load_batch()
-        self.losses_of_batch = self._losses_of_batch  # hooks are not seen in compiled code
+        self._compiled_losses = self._losses_of_batch  # hooks are not seen in compiled code
         found: list[str] = []
         hooks = [
             module.register_forward_hook(_finite_hook(name, found))

@@ -7,6 +7,7 @@ only a GPU can show (that nothing is allocated or waited for) is marked `gpu`.
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from ddpm_fast.capture import Launched, Work
 from ddpm_fast.config import (
@@ -18,7 +19,7 @@ from ddpm_fast.config import (
     UNetConfig,
     with_training,
 )
-from ddpm_fast.execution import Execution
+from ddpm_fast.execution import Execution, can_compile_for_cpu
 from ddpm_fast.loop import GRAPH_STEPS, MOST_STAGES, ImageRange, Loop, sample
 from ddpm_fast.noise import NoiseAddress, key_from_seed
 from ddpm_fast.samplers import sampler_table
@@ -156,6 +157,18 @@ def losses(trainer: Trainer, steps: int = 2 + WARM_UP_STEPS) -> list[float]:
         trainer.train_step_no_sync()
         found += [trainer.read_loss(), float(trainer.gradient_norm), float(trainer.rate)]
     return found + [float(average.sum()) for average in trainer.ema.values()]
+
+
+@pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
+def test_compiled_training_takes_the_eager_steps_and_can_be_cached():
+    counters.clear()
+    trainer = Trainer(configuration(), batch, DEVICE, Execution(compiled=True))
+    assert losses(trainer) == pytest.approx(losses(Trainer(configuration(), batch, DEVICE)), rel=1e-3, abs=1e-3)
+    assert counters["aot_autograd"]["total"] == 1
+    assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
+    trainer.bad_step.fill_(0)
+    trainer.unet.mid_block.resnets[0].conv1.weight.data.fill_(float("nan"))
+    assert "mid_block.resnets.0.conv1" in trainer.name_the_bad_layer()  # by hooks, which compiled code does not call
 
 
 def test_captured_training_takes_the_eager_steps():

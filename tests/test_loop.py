@@ -1,12 +1,10 @@
 """Sampling: the same image whatever the batch, and exactly the rows of the table."""
 
-import shutil
-
 import pytest
 import torch
 
 from ddpm_fast.config import DiffusionConfig, MathematicsError, SamplerConfig, UNetConfig
-from ddpm_fast.execution import Execution
+from ddpm_fast.execution import Execution, can_compile_for_cpu
 from ddpm_fast.loop import ImageRange, Loop, sample
 from ddpm_fast.noise import NoiseAddress, Stream, key_from_seed, normal
 from ddpm_fast.samplers import Row, sampler_table
@@ -39,7 +37,7 @@ def test_an_image_is_the_same_at_any_batch_size_and_start(unet, name, steps):
     assert not torch.equal(made, sample(loop(unet, name, steps), ImageRange(4, 0, 10), 10))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for a CPU with g++")
+@pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
 @pytest.mark.parametrize("name", ["ddpm", "dpm++"])
 def test_the_compiled_loop_makes_the_eager_loops_images(unet, name):
     table = sampler_table(DIFFUSION, SamplerConfig(name, 12))

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 
 from ddpm_fast import noise
-from ddpm_fast.noise import NoiseAddress, Stream, key_from_seed
+from ddpm_fast.execution import can_compile_for_cpu
+from ddpm_fast.noise import NoiseAddress, Stream, flips, key_from_seed, pixel_words, timesteps
 
 MASK = 0xFFFFFFFF
 SEED = 0x1234_5678_9ABC_DEF0
@@ -250,3 +252,18 @@ def test_words_below_happen_with_the_thresholds_probability(probability):
     assert abs(dropped.double().mean().item() - probability) <= SIGMAS * se
     word = philox_by_hand((33, 5, 7, 5), (SEED & MASK, SEED >> 32))
     assert dropped[5, :, 1, 1].tolist() == [w < threshold for w in word]
+
+
+@pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
+@pytest.mark.parametrize("images", [1, 4, 9])
+def test_compiled_code_makes_the_same_words(images):
+    """C++ leaves an int64 that wraps undefined: GCC made other words of it, one image at a time."""
+
+    def words(key: Tensor, sample_index: Tensor, step: Tensor) -> tuple[Tensor, ...]:
+        address = NoiseAddress(key, sample_index)
+        drawn = timesteps(address, 1000), flips(address), pixel_words(address, 0, Stream.TRAINING, (3, 5, 7))
+        return *drawn, pixel_words(address, step, Stream.SAMPLING, (1, 3, 3))
+
+    arguments = key_from_seed(2**63 + 12345), torch.arange(images) + 7, torch.tensor([5])
+    compiled = torch.compile(words, dynamic=False, fullgraph=True)(*arguments)
+    assert all(torch.equal(ours, eager) for ours, eager in zip(compiled, words(*arguments), strict=True))
