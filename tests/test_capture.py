@@ -167,7 +167,7 @@ def test_compiled_training_takes_the_eager_steps_and_can_be_cached():
     assert counters["aot_autograd"]["total"] == 1
     assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
     trainer.bad_step.fill_(0)
-    trainer.unet.mid_block.resnets[0].conv1.weight.data.fill_(float("nan"))
+    trainer.parameters["mid_block.resnets.0.conv1.weight"].data.fill_(float("nan"))
     assert "mid_block.resnets.0.conv1" in trainer.name_the_bad_layer()  # by hooks, which compiled code does not call
 
 
