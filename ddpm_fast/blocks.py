@@ -5,7 +5,7 @@ Shapes: N images, C channels, H x W pixels of the feature map, D width of the ti
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +32,23 @@ class GroupNormSiLU(nn.Module):
         return ops.group_norm_silu(x, self.weight, self.bias, self.groups, **options)
 
 
+class ConvBeforeShift(nn.Conv2d):
+    """A 3x3 convolution without its bias, which the time embedding's shift brings: see `UNet.time_shifts`.
+
+    A bias of its own before a norm that no compiler sees into is a pass over the whole map, and another backward.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight, None, self.stride, self.padding)
+
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, conv; + time shift; GroupNorm, SiLU, dropout, conv; + shortcut."""
 
     def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = GroupNormSiLU(channels_in, groups)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = ConvBeforeShift(channels_in, channels_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding, channels_out)
         self.norm2 = GroupNormSiLU(channels_out, groups)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
@@ -47,7 +57,7 @@ class ResBlock(nn.Module):
         self.layer = 0  # this block's number in forward order, dropout's address; set by the U-Net
 
     def forward(self, x: Tensor, shift: Tensor, noise: NoiseAddress | None = None) -> Tensor:
-        """Transform x [N, C, H, W] given the time embedding's shift [N, C_out] for this block."""
+        """Transform x [N, C, H, W] given this block's shift [N, C_out] of `UNet.time_shifts`."""
         dropout = None
         if noise is not None and self.dropout > 0:
             dropout = ops.Dropout(self.dropout, noise.key, noise.sample_index, self.layer)
@@ -76,7 +86,7 @@ class Attention(nn.Module):
         height, width = x.shape[2:]
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, H*W, C]
         q, k, v = (project(pixels)[:, None] for project in (self.to_q, self.to_k, self.to_v))
-        mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]  # scale C^-0.5
+        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # scale C^-0.5
         h = self.output(mixed).transpose(1, 2).unflatten(2, (height, width))
         return x + h
 
@@ -100,14 +110,18 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # Not F.interpolate: compiled, its gradient is atomic additions in any order, and comes back as NCHW.
+        pixels = x.permute(0, 2, 3, 1)  # [N, H, W, C]
+        wide = torch.stack((pixels, pixels), dim=3).flatten(2, 3)
+        return self.conv(torch.stack((wide, wide), dim=2).flatten(1, 2).permute(0, 3, 1, 2))
 
 
 class BlockList(nn.ModuleList):
     """A ModuleList of ResBlocks, known to type checkers as such."""
 
-    def __iter__(self) -> Iterator[ResBlock]:
-        return cast(Iterator[ResBlock], super().__iter__())
+    if TYPE_CHECKING:  # Dynamo of PyTorch 2.11 cannot unpack a list with an `__iter__` of its own
+
+        def __iter__(self) -> Iterator[ResBlock]: ...  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Level(nn.Module):
@@ -139,8 +153,9 @@ class Level(nn.Module):
 class LevelList(nn.ModuleList):
     """A ModuleList of Levels, known to type checkers as such."""
 
-    def __iter__(self) -> Iterator[Level]:
-        return cast(Iterator[Level], super().__iter__())
+    if TYPE_CHECKING:  # as for `BlockList`
+
+        def __iter__(self) -> Iterator[Level]: ...  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class MiddleBlock(nn.Module):

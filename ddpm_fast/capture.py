@@ -31,18 +31,19 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        # One for all: the allocator keeps memory per stream, and each further one would hold the warm-ups' again.
+        self.stream = torch.cuda.Stream(device)
 
     def warm_up(self, work: Work) -> None:
-        aside = torch.cuda.Stream(self.device)
-        aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(aside):
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
             work()
-        torch.cuda.current_stream(self.device).wait_stream(aside)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         # thread_local: the thread that copies the next batch ahead may allocate and copy meanwhile.
-        captured = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        captured = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
         with torch.cuda.device(self.device), captured:
             work()
         return graph.replay

@@ -126,7 +126,9 @@ class UNet(nn.Module):
         return self
 
     def time_shifts(self, t: Tensor) -> Tensor:
-        """Compute what every ResBlock adds for timestep t; in sampling once for all steps.
+        """Compute what every ResBlock adds to its first convolution's output for timestep t; once for all steps.
+
+        That is the time embedding's projection and the convolution's own bias.
 
         Args:
             t: [N] timesteps.
@@ -138,7 +140,8 @@ class UNet(nn.Module):
         embedding = self.time_embedding(ops.timestep_embedding(t, self.config.channels, kernels=self.kernels))
         weight = torch.cat([block.time_emb_proj.weight for block in blocks])
         bias = torch.cat([block.time_emb_proj.bias for block in blocks])
-        return F.linear(F.silu(embedding), weight, bias)
+        conv_bias = torch.cat([block.conv1.bias for block in blocks if block.conv1.bias is not None])
+        return F.linear(F.silu(embedding), weight, bias + conv_bias)
 
     def forward(self, x: Tensor, t: Tensor, noise: NoiseAddress | None = None) -> Tensor:
         """Predict from x_t [N, C, H, W] at timesteps t [N]; `noise` is dropout's address in training."""
