@@ -1,4 +1,5 @@
 # make demo: train on handwritten digits and sample new ones.   make test: lint, types, tests.   make bench: speed.
+# make test-oldest: the tests on the oldest supported versions.
 # PIP_OPTIONS is handed to pip, e.g. PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -6,7 +7,7 @@ PIP_OPTIONS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_OPTIONS)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest bench clean
 
 demo: .venv/installed
 	@out=runs/demo; n=2; while [ -e $$out ]; do out=runs/demo-$$n; n=$$((n + 1)); done; \
@@ -19,6 +20,11 @@ test: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
+
+# All that needs no GPU, on the oldest PyTorch, Triton and NumPy that are supported. PyPI's build for CUDA, which needs no
+# GPU to run either: some gigabytes.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not compile_matrix"
 
 bench: .venv/installed-bench
 	$(BIN)/python -m pytest bench --benchmark-only
@@ -36,5 +42,13 @@ bench: .venv/installed-bench
 	$(PIP) --editable '.[bench]'
 	@touch $@
 
+.venv-oldest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	sed -E 's/^(torch)==.*/\1==2.11.0/; s/^(triton)==.*/\1==3.6.0/; s/^(numpy)==.*/\1==2.3.5/' constraints.txt \
+		> .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .venv-oldest/constraints.txt $(PIP_OPTIONS) --editable '.[test]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest build dist *.egg-info

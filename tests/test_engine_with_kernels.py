@@ -98,6 +98,26 @@ def test_compiles_whole_and_once(kernels):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_all_that_the_engine_compiles_is_one_graph(kernels):
+    """The losses of a training step with their gradients, and the U-Net as the sampling loop calls it."""
+    made = trainer(kernels)
+    torch._dynamo.reset()
+    losses, denoise = (
+        torch.compile(function, fullgraph=True, backend="aot_eager")
+        for function in (made._losses_of_batch, made.unet.denoise)
+    )
+    parameters = list(made.unet.parameters())
+    found, plain = (
+        torch.autograd.grad(function(*batch(4, 2)).sum(), parameters) for function in (losses, made._losses_of_batch)
+    )
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.no_grad():
+        shifts = made.unet.time_shifts(torch.tensor([3.0], device=DEVICE)).expand(2, -1)
+        torch.testing.assert_close(denoise(x, shifts), made.unet.denoise(x, shifts), rtol=1e-5, atol=1e-5)
+
+
 def test_the_check_of_the_kernels_passes_and_finds_a_wrong_one(monkeypatch):
     config = configuration()
     lines = list(check_kernels.check_kernels(config, DEVICE, torch.float32))
