@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.samples import Samples
-from ddpm_fast.capture import CudaGraphs
+from ddpm_fast.engine.cuda_graphs import CudaGraphs
 
 Work = Callable[[], object]
 """One call is what is timed."""

@@ -15,7 +15,7 @@ from bench.measurements import WARM_UP
 from bench.op_work import Op, OpWork
 from bench.samples import Samples
 from bench.sizes import sizes_for
-from ddpm_fast.execution import choose_device, keep_freed_memory
+from ddpm_fast.engine.execution import choose_device, keep_freed_memory
 
 keep_freed_memory()
 DEVICE = choose_device("auto")

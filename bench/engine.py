@@ -12,15 +12,15 @@ from unittest import mock
 import numpy as np
 import torch
 
-from ddpm_fast import loop as engine_loop
-from ddpm_fast.batches import BatchSource
 from ddpm_fast.config import PRESETS, Config, SamplerConfig, TrainingConfig, UNetConfig, with_training
-from ddpm_fast.data import Dataset
-from ddpm_fast.execution import Execution, choose_dtype, choose_kernels
-from ddpm_fast.loop import GRAPH_STEPS, Loop
-from ddpm_fast.noise import NoiseAddress, key_from_seed
-from ddpm_fast.samplers import sampler_table
-from ddpm_fast.trainer import Trainer, new_unet
+from ddpm_fast.data.batches import BatchSource
+from ddpm_fast.data.dataset import Dataset
+from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
+from ddpm_fast.diffusion.samplers import sampler_table
+from ddpm_fast.engine import sampling as engine_loop
+from ddpm_fast.engine.execution import Execution, choose_dtype, choose_kernels
+from ddpm_fast.engine.sampling import GRAPH_STEPS, Loop
+from ddpm_fast.engine.trainer import Trainer, new_unet
 
 CONFIGURATIONS: dict[str, Config] = {
     "digits": PRESETS["digits"],

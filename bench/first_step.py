@@ -17,7 +17,7 @@ from typing import Literal
 
 from bench.clock import clock_for
 from bench.engine import CONFIGURATIONS, default_variant, sampling, train_step
-from ddpm_fast.execution import choose_device, keep_freed_memory
+from ddpm_fast.engine.execution import choose_device, keep_freed_memory
 
 Kind = Literal["train", "sample"]
 

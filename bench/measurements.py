@@ -13,7 +13,7 @@ from bench.parts import time_by_part
 from bench.peers import OURS, Contender, compare
 from bench.sizes import Sampling, Training
 from bench.visit import Row, Visit
-from ddpm_fast.trainer import WARM_UP_STEPS
+from ddpm_fast.engine.trainer import WARM_UP_STEPS
 
 WARM_UP = {"eager": 1, "compiled": 3, "captured": WARM_UP_STEPS + 2}
 """Calls before a scenario is timed: compiling, what capturing needs, capturing, and the first replay."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from bench.clock import Clock
-from ddpm_fast import check_kernels, ops
+from ddpm_fast import ops
+from ddpm_fast.checks import kernels as check_kernels
 from ddpm_fast.config import Config
-from ddpm_fast.noise import key_from_seed
-from ddpm_fast.samplers import sampler_table
-from ddpm_fast.schedule import training_table
+from ddpm_fast.diffusion.noise import key_from_seed
+from ddpm_fast.diffusion.samplers import sampler_table
+from ddpm_fast.diffusion.schedule import training_table
 
 MOST_SETS = 32
 """Sets of inputs of one op at most: small shapes fit in any cache, in the engine's loop as well."""

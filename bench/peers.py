@@ -15,7 +15,7 @@ from bench.engine import Variant, default_variant, sampling, train_step
 from bench.peer_diffusers import Tuning
 from bench.samples import ratio
 from ddpm_fast.config import Config
-from ddpm_fast.trainer import WARM_UP_STEPS
+from ddpm_fast.engine.trainer import WARM_UP_STEPS
 
 OURS = "ddpm-fast"
 WARM_UP = {"cpu": 1, "cuda": WARM_UP_STEPS + 2}

@@ -26,7 +26,7 @@ from bench.peers import one_line
 from bench.plan import plan
 from bench.plots import draw_plots
 from bench.visit import Budget, Measurement, Visit
-from ddpm_fast.execution import choose_device
+from ddpm_fast.engine.execution import choose_device
 
 PAGE_SECONDS = 10.0
 """Kept back for the plots."""
@@ -38,7 +38,7 @@ def sources() -> str:
     """Return a digest of the engine's sources: figures of other sources are not mixed with new ones."""
     root = Path(__file__).parents[1]
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted([*(root / "ddpm_fast").glob("*.py"), *(root / "kernels").glob("*.py")]):
+    for path in sorted([*(root / "ddpm_fast").rglob("*.py"), *(root / "kernels").glob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

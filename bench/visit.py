@@ -14,7 +14,7 @@ from bench.figures import Ceilings
 from bench.sizes import Sizes, sizes_for
 from bench.work import unet_flop
 from ddpm_fast.config import Config
-from ddpm_fast.execution import keep_freed_memory
+from ddpm_fast.engine.execution import keep_freed_memory
 
 Row = dict[str, Any]
 """A line of the report's tables, ready for JSON."""

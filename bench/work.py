@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_fast.blocks import GroupNormSiLU
 from ddpm_fast.config import UNetConfig
-from ddpm_fast.unet import UNet
+from ddpm_fast.model.blocks import GroupNormSiLU
+from ddpm_fast.model.unet import UNet
 
 
 def _meta_pass(config: UNetConfig, training: bool, hook: Any = None) -> None:

@@ -1,6 +1,6 @@
 """`python -m ddpm_fast` is `ddpm-fast`."""
 
-from ddpm_fast.cli import main
+from ddpm_fast.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-RUNS_KERNELS = ("tests/kernels/", "tests/test_ops.py", "tests/test_engine_with_kernels.py")
+RUNS_KERNELS = ("tests/kernels/", "tests/ops/test_ops.py", "tests/engine/test_with_kernels.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker

@@ -17,8 +17,8 @@ from bench.engine import CONFIGURATIONS, Variant, sampling, train_step
 from bench.launches.kinds import count
 from bench.launches.operators import standing_in
 from bench.launches.record import Entry, captures, note, recorded
-from ddpm_fast.loop import GRAPH_STEPS, Loop
-from ddpm_fast.trainer import WARM_UP_STEPS
+from ddpm_fast.engine.sampling import GRAPH_STEPS, Loop
+from ddpm_fast.engine.trainer import WARM_UP_STEPS
 
 REST = 3
 """Steps of the sampling loop after whole graphs, which replay the one-step graph."""

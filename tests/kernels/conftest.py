@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from ddpm_fast import noise
+from ddpm_fast.diffusion import noise
 
 # The same examples in every run: a commit that passed passes again. The interpreter takes about 2.6 ms for a program's
 # every step, so shapes are small, and time limits no example.

@@ -11,7 +11,7 @@ import torch
 from compile_all import CONFIGS, Launch, Specialisation, record, specialise
 from torch import Tensor
 
-from ddpm_fast.check_kernels import Norm, norms
+from ddpm_fast.checks.kernels import Norm, norms
 from ddpm_fast.kernels.group_norm_silu import group_norm_silu
 from ddpm_fast.kernels.group_norm_silu_backward import group_norm_silu_backward
 

@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_fast import reference
-from ddpm_fast.noise import key_from_seed
-from ddpm_fast.reference import Dropout
+from ddpm_fast.diffusion.noise import key_from_seed
+from ddpm_fast.ops import reference
+from ddpm_fast.ops.reference import Dropout
 
 pytest.importorskip("triton")
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_fast import reference
 from ddpm_fast.config import DiffusionConfig
-from ddpm_fast.noise import Stream, key_from_seed
-from ddpm_fast.schedule import TrainingTable, training_table
+from ddpm_fast.diffusion.noise import Stream, key_from_seed
+from ddpm_fast.diffusion.schedule import TrainingTable, training_table
+from ddpm_fast.ops import reference
 
 pytest.importorskip("triton")
 from ddpm_fast.kernels import noise_mse as module

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ddpm_fast import ops
 from ddpm_fast.config import DiffusionConfig
-from ddpm_fast.noise import key_from_seed
-from ddpm_fast.samplers import sampler_table
-from ddpm_fast.schedule import training_table
+from ddpm_fast.diffusion.noise import key_from_seed
+from ddpm_fast.diffusion.samplers import sampler_table
+from ddpm_fast.diffusion.schedule import training_table
 
 pytestmark = pytest.mark.gpu
 OPS = ("q_sample", "noise_mse", "noise_mse_backward", "group_norm_silu", "timestep_embedding", "reverse_step")

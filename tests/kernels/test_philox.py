@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm_fast import noise
+from ddpm_fast.diffusion import noise
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

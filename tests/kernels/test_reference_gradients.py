@@ -1,16 +1,16 @@
 """The gradients that kernels are held to are the reference's: checked by differences with every option at once.
 
-tests/test_reference.py checks them option by option.
+tests/ops/test_reference.py checks them option by option.
 """
 
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm_fast import reference
 from ddpm_fast.config import DiffusionConfig
-from ddpm_fast.noise import key_from_seed
-from ddpm_fast.schedule import training_table
+from ddpm_fast.diffusion.noise import key_from_seed
+from ddpm_fast.diffusion.schedule import training_table
+from ddpm_fast.ops import reference
 
 
 def randn(*shape: int, seed: int) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm_fast import reference
+from ddpm_fast.ops import reference
 
 pytest.importorskip("triton")
 from ddpm_fast.kernels.timestep_embedding import timestep_embedding

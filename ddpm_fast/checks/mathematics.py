@@ -1,0 +1,214 @@
+"""Is the mathematics right, here, now?
+
+Each line says what was expected, what was found, and which file to look at. Everything is judged from outside: the
+ops are run and their results compared with formulas derived another way, so that a changed line shows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import ops
+from ddpm_fast.checks.kernels import check_kernels, kernel_table
+from ddpm_fast.checks.process import (
+    Line,
+    check_noise,
+    check_samplers,
+    check_schedule,
+    closed_form_target,
+    training_noise,
+)
+from ddpm_fast.config import Config, with_training
+from ddpm_fast.data.batches import BatchSource
+from ddpm_fast.data.dataset import Dataset
+from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, timesteps
+from ddpm_fast.diffusion.samplers import Row, sampler_table
+from ddpm_fast.engine.execution import choose_dtype, choose_kernels
+from ddpm_fast.engine.trainer import Trainer, ema_decay
+from ddpm_fast.runs.checkpoint import PARTS, Checkpoint
+
+EXAMPLES = 8
+"""Training examples that the checks of the network use."""
+QUICK_STEPS, FULL_STEPS = 2, 100
+"""Steps on one fixed batch, by the quick part and in full."""
+
+
+def report(lines: Iterator[Line], full: bool = False) -> int:
+    """Print the lines as they come; return the exit status: 0, or 3 if any failed."""
+    part = "in full" if full else "quick part; `ddpm-fast check` runs all"
+    print(f"checking the mathematics ({part})")
+    failed = 0
+    for line in lines:
+        failed += not line.passed
+        mark = "ok  " if line.passed else "FAIL"
+        tail = "" if line.passed else f"; look at {line.file}"
+        print(f"  {mark} {line.name}: expected {line.expected}, found {line.found}{tail}", flush=True)
+    if failed:
+        print(f"{failed} of the checks failed: the mathematics is wrong, nothing was trained")
+    return 3 if failed else 0
+
+
+def report_kernels(config: Config, device: torch.device) -> int:
+    """Print which ops run kernels and, where any do, the table of them; return the exit status: 0, or 3."""
+    print(f"kernels: {ops.RULE}")
+    if not _runs_kernels(config, device):
+        print(f"  none run here: the device is {device.type}, --{'' if config.training.kernels else 'no-'}kernels")
+        return 0
+    right = True
+    for row, within_bound in kernel_table(config, device, choose_dtype(config.training.precision, device)):
+        print(f"  {row}" + ("" if within_bound else "  FAIL"), flush=True)
+        right &= within_bound
+    return 0 if right else 3
+
+
+def _runs_kernels(config: Config, device: torch.device) -> bool:
+    return ops.runs_kernel(choose_kernels(config.training.kernels), torch.empty(0, device=device))
+
+
+def check_start(config: Config, dataset: Dataset, device: torch.device) -> Iterator[Line]:
+    """Check what takes seconds: run before step 0."""
+    yield from _check_everything_but_fitting(config, dataset, device, None)
+    yield from check_fitting(_small_trainer(config, dataset, device, None), QUICK_STEPS)
+
+
+def check_run(config: Config, dataset: Dataset, device: torch.device, found: Checkpoint | None) -> Iterator[Line]:
+    """Check everything, for a trained run or for what a configuration describes."""
+    yield from _check_everything_but_fitting(config, dataset, device, found)
+    yield from check_fitting(_small_trainer(config, dataset, device, None), FULL_STEPS)
+
+
+def _check_everything_but_fitting(
+    config: Config, dataset: Dataset, device: torch.device, found: Checkpoint | None
+) -> Iterator[Line]:
+    shape = (config.unet.image_channels, config.unet.height, config.unet.width)
+    trainer = _small_trainer(config, dataset, device, found)
+    kernels = trainer.unet.kernels
+    yield from check_noise(shape, device, kernels)
+    yield from check_schedule(config.diffusion)
+    yield from check_data(trainer, shape)
+    yield from check_forward_process(trainer)
+    yield from check_samplers(config.diffusion, device, kernels)
+    if _runs_kernels(config, device):
+        yield from check_kernels(config, device, choose_dtype(config.training.precision, device))
+    yield from check_network(trainer, trained=found is not None)
+
+
+def _small_trainer(config: Config, dataset: Dataset, device: torch.device, found: Checkpoint | None) -> Trainer:
+    """Build a trainer of the same network on a handful of fixed examples, in float32."""
+    config = with_training(config, batch_size=EXAMPLES, accumulate=1, warmup_steps=0, precision="fp32")
+    config = replace(config, unet=replace(config.unet, dropout=0.0))
+    source = BatchSource(dataset, key_from_seed(config.training.seed), device)
+    trainer = Trainer(config, lambda first, n: source.batch(0, n), device)
+    if found is not None:
+        trainer.load_state(found.step, {part: found.tensors(part) for part in PARTS})
+    return trainer
+
+
+def _first_batch(trainer: Trainer) -> tuple[Tensor, Tensor, Tensor]:
+    images, sample_index = trainer.batch(0, EXAMPLES)
+    return images, sample_index, timesteps(NoiseAddress(trainer.key, sample_index), trainer.config.diffusion.timesteps)
+
+
+def check_data(trainer: Trainer, shape: tuple[int, int, int]) -> Iterator[Line]:
+    """Check that images fit the U-Net and reach it in [-1, 1]."""
+    images, sample_index, _ = _first_batch(trainer)
+    fits = tuple(images.shape[1:]) == shape and images.dtype == torch.uint8
+    found = f"{tuple(images.shape[1:])} {images.dtype}"
+    yield Line("images fit the U-Net", fits, f"{shape} torch.uint8", found, "ddpm_fast/data/dataset.py")
+    table = torch.tensor([[1.0, 0.0, 0.0, 1.0, 1.0]], device=images.device)  # a = 1, b = 0: no noise
+    t, kernels = torch.zeros_like(sample_index), trainer.unet.kernels
+    x_start = ops.q_sample(images, t, table, trainer.key, sample_index, kernels=kernels)
+    low, high = float(x_start.min()), float(x_start.max())
+    fine = low >= -1 and high <= 1 and high - low > 0.1
+    found = f"{low:.3f}..{high:.3f}"
+    yield Line("data lies in [-1, 1]", fine, "-1..1, not constant", found, "ddpm_fast/ops/reference.py")
+
+
+def check_forward_process(trainer: Trainer) -> Iterator[Line]:
+    """Check that q_sample, the target and the sampler's table agree on t, signs and coefficients."""
+    diffusion, file = trainer.config.diffusion, "ddpm_fast/ops/reference.py or ddpm_fast/diffusion/samplers.py"
+    images, sample_index, _ = _first_batch(trainer)
+    # Where alphas_cumprod is tiny, float32 cannot give x_start back: stay in the lower nine tenths.
+    t = (torch.arange(EXAMPLES, device=images.device) * (diffusion.timesteps * 9 // 10)) // EXAMPLES
+    x_start = (images.double() / 127.5 - 1).float()
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    kernels = trainer.unet.kernels
+    eps = training_noise(sample_index, shape, trainer.config.training.seed, kernels)
+    target = closed_form_target(diffusion, t, x_start.double(), eps.double())
+    x_t = ops.q_sample(images, t, trainer.table, trainer.key, sample_index, kernels=kernels)
+    row = Row(*sampler_table(diffusion).rows.to(images.device).flip(0)[t].unbind(1))
+    p, q = row.p.view(-1, 1, 1, 1), row.q.view(-1, 1, 1, 1)
+    off = float((p * x_t - q * target - x_start).abs().max())
+    expected = "x_start again within 1e-3"
+    yield Line("q_sample, then predicting x_start, gives the data back", off < 1e-3, expected, f"{off:.1e} off", file)
+    loss = float(ops.noise_mse(target, images, t, trainer.table, trainer.key, sample_index, kernels=kernels).max())
+    name = f"the loss of the true {diffusion.prediction} is 0"
+    file = "ddpm_fast/ops/reference.py or ddpm_fast/diffusion/schedule.py"
+    yield Line(name, loss < 1e-6, "below 1e-6", f"{loss:.1e}", file)
+
+
+def check_network(trainer: Trainer, trained: bool) -> Iterator[Line]:
+    """Check the first loss, every parameter's gradient, and that t reaches the output."""
+    file = "ddpm_fast/model/unet.py or ddpm_fast/engine/trainer.py"
+    if not trained:
+        images, sample_index, t = _first_batch(trainer)
+        zeros = torch.zeros(images.shape, device=images.device)
+        address = (images, t, trainer.table, trainer.key, sample_index)
+        nothing = float(ops.noise_mse(zeros, *address, kernels=trainer.unet.kernels).mean())
+        first = float(trainer.losses(0, EXAMPLES).mean().detach())
+        expected = f"{nothing:.4f} within 2%"
+        yield Line(
+            "the first loss is that of predicting nothing",
+            abs(first / nothing - 1) < 0.02,
+            expected,
+            f"{first:.4f}",
+            file,
+        )
+    trainer.load_batch()
+    trainer.backward()
+    # A constant added to every key cancels in softmax: that bias alone has no gradient.
+    silent = [
+        name
+        for name, p in trainer.unet.named_parameters()
+        if (p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()) and not name.endswith("to_k.bias")
+    ]
+    found = f"{len(silent)} without, e.g. {silent[0]}" if silent else "all have one"
+    yield Line("every parameter receives a finite gradient", not silent, "all", found, file)
+    images, _, t = _first_batch(trainer)
+    x, first = images.float() / 127.5 - 1, torch.zeros_like(t)
+    with torch.no_grad():
+        early, late = trainer.unet(x, first), trainer.unet(x, first + trainer.config.diffusion.timesteps - 1)
+    # Residual branches start at 1e-5 of the trunk, so at first t moves the output by about that; without t, by 0.
+    change = float((early - late).norm() / early.norm())
+    yield Line("the output depends on t", change > 1e-7, "a relative change above 1e-7", f"{change:.1e}", file)
+
+
+def check_fitting(trainer: Trainer, steps: int) -> Iterator[Line]:
+    """Check that the average follows and that a handful of images can be overfitted."""
+    file = "ddpm_fast/engine/trainer.py"
+    before = {name: tensor.clone() for name, tensor in trainer.ema.items()}
+    trainer.train_step_no_sync()
+    decay = float(ema_decay(torch.zeros(()), trainer.config.training))
+    weights = dict(trainer.unet.named_parameters())
+    off = max(
+        float((trainer.ema[name] - (decay * before[name] + (1 - decay) * weights[name].detach())).abs().max())
+        for name in before
+    )
+    moved = any(bool((trainer.ema[name] != before[name]).any()) for name in before)
+    found = f"{off:.1e} off" if moved else "it does not move"
+    yield Line("the weights' average follows", moved and off < 1e-6, f"decay {decay:.2f} at step 0", found, file)
+    first = trainer.read_loss()
+    for _ in range(steps):
+        trainer.step = 0  # the same examples with the same noise again
+        trainer.train_step_no_sync()
+    last = float(trainer.losses(0, EXAMPLES).mean().detach())
+    share = 0.5 if steps >= FULL_STEPS else 1.0
+    yield Line(
+        f"{EXAMPLES} fixed examples are learned in {steps} steps",
+        last < share * first,
+        f"a loss below {share * first:.3f}",
+        f"{last:.3f}",
+        file,
+    )

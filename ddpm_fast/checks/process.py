@@ -1,0 +1,164 @@
+"""Checks of the process that need no network: noise, schedule and samplers (see `check`)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import ops
+from ddpm_fast.config import DiffusionConfig, SamplerConfig
+from ddpm_fast.diffusion import schedule
+from ddpm_fast.diffusion.noise import key_from_seed
+from ddpm_fast.diffusion.samplers import Row, SamplerTable, sampler_table
+
+SIGMAS = 5.0
+"""Standard errors that a statistic may be off: 1 false alarm in 1.7 million."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was checked."""
+
+    name: str
+    passed: bool
+    expected: str
+    found: str
+    file: str
+
+
+def training_noise(sample_index: Tensor, shape: tuple[int, int, int], seed: int, kernels: bool | None = None) -> Tensor:
+    """Return the noise that q_sample really adds: by a table of one row with a = 0, b = 1."""
+    device = sample_index.device
+    images = torch.zeros(len(sample_index), *shape, device=device)
+    table = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0]], device=device)
+    t, key = torch.zeros_like(sample_index), key_from_seed(seed, device)
+    return ops.q_sample(images, t, table, key, sample_index, kernels=kernels)
+
+
+def _sampling_noise(sample_index: Tensor, shape: tuple[int, int, int], step: int, kernels: bool | None) -> Tensor:
+    """Return the noise that reverse_step really adds: by rows with s = 1 and nothing else."""
+    device = sample_index.device
+    x = torch.zeros(len(sample_index), *shape, device=device)
+    rows = torch.zeros(step + 1, len(Row._fields), device=device)
+    rows[:, Row._fields.index("s")] = 1
+    at = torch.full((1,), step, dtype=torch.int64, device=device)
+    key = key_from_seed(0, device)
+    ops.reverse_step(x, x.clone(), rows, at, key, sample_index, clip=False, noisy=True, kernels=kernels)
+    return x
+
+
+def kolmogorov_smirnov(z: Tensor) -> float:
+    """Return sqrt(n) times the largest distance between z's distribution and N(0, 1); above 2.2 once in 10,000."""
+    ordered = z.double().flatten().sort().values
+    n = len(ordered)
+    expected = torch.special.ndtr(ordered)
+    ranks = torch.arange(n + 1, dtype=torch.float64, device=z.device) / n
+    distance = torch.maximum((ranks[1:] - expected).max(), (expected - ranks[:-1]).max())
+    return float(distance) * n**0.5
+
+
+def _correlation_sigmas(a: Tensor, b: Tensor) -> float:
+    """Return the correlation of two equally shaped noises, in standard errors."""
+    a, b = a.double().flatten(), b.double().flatten()
+    return abs(float((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt())) * len(a) ** 0.5
+
+
+def check_noise(shape: tuple[int, int, int], device: torch.device, kernels: bool | None = None) -> Iterator[Line]:
+    """Check that noise is N(0, 1) and independent over pixels, channels, samples and steps."""
+    _, height, width = shape
+    count = max(2, min(4096, 65536 // (height * width)))
+    sample_index = torch.arange(count, device=device)
+    wide = (8, height, width)
+    file = "ddpm_fast/diffusion/noise.py"
+    for name, noise in (("training", training_noise), ("sampling", _sampling_noise)):
+        z, other = (noise(sample_index, wide, number, kernels) for number in range(2))  # of two seeds, or two steps
+        n = z.numel()
+        mean, variance = float(z.mean()) * n**0.5, (float(z.square().mean()) - 1) * (n / 2) ** 0.5
+        distance = kolmogorov_smirnov(z)
+        normal = abs(mean) < SIGMAS and abs(variance) < SIGMAS and distance < 2.2
+        found = f"mean {mean:+.1f} and variance {variance:+.1f} standard errors off, Kolmogorov-Smirnov {distance:.2f}"
+        yield Line(f"{name} noise is N(0, 1)", normal, f"within {SIGMAS:.0f}, below 2.2", found, file)
+        neighbours = {
+            "channels": (z[:, 1:], z[:, :-1]),
+            "samples": (z[1:], z[:-1]),
+            "seeds" if name == "training" else "steps": (z, other),
+        }
+        if height > 1:
+            neighbours["rows"] = (z[:, :, 1:], z[:, :, :-1])
+        if width > 1:
+            neighbours["columns"] = (z[..., 1:], z[..., :-1])
+        worst, off = max(((k, _correlation_sigmas(*v)) for k, v in neighbours.items()), key=lambda kv: kv[1])
+        found = f"between {worst} {off:.1f} standard errors"
+        yield Line(f"{name} noise is independent", off < SIGMAS, f"correlations within {SIGMAS:.0f}", found, file)
+
+
+def check_schedule(diffusion: DiffusionConfig) -> Iterator[Line]:
+    """Check that the schedule falls monotonically and ends in noise, and that variance is preserved."""
+    file = "ddpm_fast/diffusion/schedule.py"
+    betas, alpha_bar = schedule.betas(diffusion), schedule.alphas_cumprod(diffusion)
+    monotone = bool((betas > 0).all() and (betas < 1).all() and (alpha_bar.diff() < 0).all())
+    found = f"betas {float(betas.min()):.2g}..{float(betas.max()):.2g}"
+    yield Line("the schedule is monotone", monotone, "0 < beta < 1 and alphas_cumprod falling", found, file)
+    last = float(alpha_bar[-1])
+    yield Line(
+        "the schedule ends in noise", last < 0.01, "alphas_cumprod[T-1] below 0.01", f"{last:.2g}", f"{file}, or betas"
+    )
+    # Products of 1 - beta by another way: sums of logarithms.
+    expected = torch.exp(torch.cumsum(torch.log1p(-betas), 0))
+    table = schedule.TrainingTable(*schedule.training_table(diffusion).double().unbind(1))
+    off = float((table.a**2 - expected).abs().max())
+    yield Line("a is sqrt(alphas_cumprod)", off < 1e-6, "a**2 = prod(1 - beta) within 1e-6", f"{off:.1e} off", file)
+    off = float((table.a**2 + table.b**2 - 1).abs().max())
+    yield Line("Var[x_t] = 1 at every t", off < 1e-6, "a**2 + b**2 = 1 within 1e-6", f"{off:.1e} off", file)
+
+
+def closed_form_target(diffusion: DiffusionConfig, t: Tensor, x_start: Tensor, eps: Tensor) -> Tensor:
+    """Return what the network should predict, from alphas_cumprod alone."""
+    ab = schedule.alphas_cumprod(diffusion).to(x_start.device)[t].view(-1, 1, 1, 1)
+    v = ab.sqrt() * eps - (1 - ab).sqrt() * x_start
+    return {"eps": eps, "x0": x_start, "v": v}[diffusion.prediction].float()
+
+
+def check_samplers(diffusion: DiffusionConfig, device: torch.device, kernels: bool | None = None) -> Iterator[Line]:
+    """Check the posterior by Bayes' rule computed another way, and every sampler with the true prediction."""
+    file = "ddpm_fast/diffusion/samplers.py"
+    row = Row(*sampler_table(diffusion).rows.flip(0).unbind(1))  # row t now belongs to t
+    betas = schedule.betas(diffusion)[1:]
+    prior_variance = 1 - schedule.alphas_cumprod(diffusion)[:-1]
+    # q(x_{t-1} | x_0) times q(x_t | x_{t-1}), both Gaussian: precisions add up.
+    variance = 1 / (1 / prior_variance + (1 - betas) / betas)
+    u = variance * (1 - prior_variance).sqrt() / prior_variance
+    v = variance * (1 - betas).sqrt() / betas
+    off = float(torch.maximum((row.u[1:] - u).abs().max(), (row.v[1:] - v).abs().max()))
+    yield Line("the posterior mean is Bayes' rule", off < 1e-9, "within 1e-9", f"{off:.1e} off", file)
+    expected = variance if diffusion.variance == "small" else betas
+    off = float((row.s[1:] ** 2 / expected - 1).abs().max()) + float(row.s[0].abs())
+    name = f"the posterior variance is the fixed {diffusion.variance} one"
+    yield Line(name, off < 1e-9, "within 1e-9 of it, none in the last step", f"{off:.1e} off", file)
+    steps = min(20, diffusion.timesteps)
+    for config in (SamplerConfig("ddpm", steps), SamplerConfig("ddim", steps), SamplerConfig("dpm++", steps)):
+        off = _distance_with_true_prediction(diffusion, sampler_table(diffusion, config), device, kernels)
+        name = f"{config.sampler} with the true prediction ends on the data"
+        yield Line(name, off < 1e-3, "within 1e-3", f"{off:.1e} off", f"{file} or ddpm_fast/ops/reference.py")
+
+
+def _distance_with_true_prediction(
+    diffusion: DiffusionConfig, table: SamplerTable, device: torch.device, kernels: bool | None
+) -> float:
+    """Run a sampler whose network knows the answer; return how far from it the sampler ends."""
+    generator = torch.Generator().manual_seed(0)
+    x_start = (torch.rand(2, 3, 4, 4, generator=generator) * 2 - 1).to(device)
+    x = torch.randn(2, 3, 4, 4, generator=generator).to(device)
+    x0 = torch.zeros_like(x)
+    sample_index, key = torch.arange(2, device=device), key_from_seed(0, device)
+    rows = table.rows.to(device, torch.float32)
+    for k in range(len(rows)):
+        t = rows[k, 0].long().expand(2)
+        ab = schedule.alphas_cumprod(diffusion).to(device)[t].view(-1, 1, 1, 1)
+        eps = (x.double() - ab.sqrt() * x_start) / (1 - ab).sqrt()
+        out = closed_form_target(diffusion, t, x_start.double(), eps)
+        step = torch.full((1,), k, dtype=torch.int64, device=device)
+        options = {"clip": table.clip, "noisy": table.noisy, "x0": x0, "kernels": kernels}
+        ops.reverse_step(x, out, rows, step, key, sample_index, **options)
+    return float((x - x_start).abs().max())

@@ -1,0 +1,271 @@
+"""Running a sampler's K steps: eager, compiled or captured, by one interface.
+
+A step is the U-Net and one reverse step. All that it reads and writes has a fixed address, and its number is in device
+memory, advanced by the step itself: so it can be captured once as a CUDA graph and replayed for any seed, any images
+and any row of the table. A captured loop replays a graph of several steps; the host does nothing in between but launch.
+Shapes: N images, C channels, H x W pixels, K steps, S the U-Net's time shifts.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddpm_fast import ops
+from ddpm_fast.config import MathematicsError
+from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
+from ddpm_fast.diffusion.samplers import Row, SamplerTable
+from ddpm_fast.engine.cuda_graphs import CudaGraphs, Graphs, Launched, Work, memory_of
+from ddpm_fast.engine.execution import EAGER, Execution
+from ddpm_fast.model.unet import UNet
+
+GRAPH_STEPS = 20
+"""Steps in the replayed graph: few launches, and few nodes (some 10 KB of memory each). Not tuned on a GPU yet."""
+MOST_STAGES = 4
+"""Batch sizes whose tensors and graphs are kept; the one used longest ago is freed first."""
+COMPARED_STEPS = 3
+"""Steps, from the middle of the table, over which a captured loop is compared with the eager one on first use."""
+DIFFERENCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
+"""Relative difference of outputs that is still rounding: other algorithms, fused ones and TF32 round otherwise."""
+
+OnStep = Callable[[int, Tensor], None]
+
+
+class Parts(NamedTuple):
+    """What a step calls, compiled or not."""
+
+    denoise: Callable[[Tensor, Tensor], Tensor]
+    reverse_step: Callable[..., None]
+
+
+class Stage:
+    """A batch size's tensors, at addresses that never change, and the graphs over them."""
+
+    def __init__(self, images: int, unet: UNet, table: SamplerTable, dtype: torch.dtype, device: torch.device) -> None:
+        config = unet.config
+        shape = (images, config.image_channels, config.height, config.width)
+        # NHWC is what the kernels take, and what convolutions on a CPU ran faster on.
+        self.x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
+        self.x0 = torch.zeros_like(self.x) if table.multistep else None
+        self.copy = None if dtype == torch.float32 else torch.zeros_like(self.x, dtype=dtype)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.key = torch.zeros(2, dtype=torch.int64, device=device)
+        self.sample_index = torch.zeros(images, dtype=torch.int64, device=device)
+        self.one_step: Work | None = None
+        self.many_steps: Work | None = None
+
+    @property
+    def model_input(self) -> Tensor:
+        """What the U-Net reads: x, or its copy in lower precision."""
+        return self.x if self.copy is None else self.copy
+
+    def start(self, address: NoiseAddress, row: int = 0) -> None:
+        """Write pure noise, the address of all the noise to come, and the row to begin with."""
+        self.key.copy_(address.key)
+        self.sample_index.copy_(address.sample_index)
+        self.step.fill_(row)
+        self.x.copy_(normal(address, 0, Stream.SAMPLING, (self.x.shape[1], self.x.shape[2], self.x.shape[3])))
+        if self.copy is not None:
+            self.copy.copy_(self.x)
+        if self.x0 is not None:
+            self.x0.zero_()
+
+
+def sampling_copy(unet: UNet, dtype: torch.dtype) -> UNet:
+    """Return a copy of the U-Net to sample with: convolutions and products in `dtype`, norms' parameters in float32."""
+    unet = copy.deepcopy(unet).requires_grad_(False).eval()
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(dtype)
+    return unet
+
+
+class Loop:
+    """A sampler's loop over one U-Net; what all batches share is computed once, and graphs are kept for reuse."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        table: SamplerTable,
+        dtype: torch.dtype = torch.float32,
+        execution: Execution = EAGER,
+        graphs: Graphs | None = None,
+    ) -> None:
+        """Prepare the loop, on a copy of the U-Net.
+
+        Args:
+            unet: whose weights to sample from, on the device to run on.
+            table: the sampler.
+            dtype: of the U-Net's arithmetic.
+            execution: how to run the steps.
+            graphs: what captures them, CUDA graphs if left out.
+        """
+        self.table, self.dtype, self.execution = table, dtype, execution
+        self.device = unet.conv_in.weight.device
+        self.unet = sampling_copy(unet, dtype)
+        self.rows = table.rows.to(self.device, torch.float32)
+        self.time_shifts = self._compute_time_shifts(unet)
+        self.eager = Parts(self.unet.denoise, ops.reverse_step)
+        one_kernel = ops.runs_kernel(self.unet.kernels, self.rows)  # which a compiler leaves as it is
+        reverse_step = ops.reverse_step if one_kernel else execution.compile(ops.reverse_step)
+        self.parts = Parts(execution.compile(self.unet.denoise), reverse_step)
+        self.graphs = graphs or (CudaGraphs(self.device) if execution.captured else None)
+        self.graph_bytes = 0  # that captures took, all batch sizes together
+        self.stages: OrderedDict[int, Stage] = OrderedDict()
+
+    @torch.no_grad()
+    def _compute_time_shifts(self, unet: UNet) -> Tensor:
+        # t is known in advance, so the whole time-embedding path is computed once for all K rows, in float32.
+        return unet.time_shifts(self.rows[:, Row._fields.index("t")].contiguous()).to(self.dtype)
+
+    @torch.no_grad()
+    def load_weights(self, unet: UNet) -> None:
+        """Sample from another U-Net's weights from now on; what was compiled and captured stays valid."""
+        for own, other in zip(self.unet.parameters(), unet.parameters(), strict=True):
+            own.copy_(other)
+        self.time_shifts.copy_(self._compute_time_shifts(unet))
+
+    def take_step(self, stage: Stage, parts: Parts) -> None:
+        """Take the step whose number lies in device memory, and advance that."""
+        shifts = self.time_shifts.index_select(0, stage.step).expand(len(stage.x), -1)
+        out = parts.denoise(stage.model_input, shifts)
+        options = {"clip": self.table.clip, "noisy": self.table.noisy, "kernels": self.unet.kernels}
+        noise = (self.rows, stage.step, stage.key, stage.sample_index)
+        parts.reverse_step(stage.x, out, *noise, x0=stage.x0, model_input=stage.copy, **options)
+        stage.step += 1
+
+    def stage(self, images: int) -> Stage:
+        """Return the tensors for batches of this size, and the graphs if steps are captured; made on first use."""
+        if images not in self.stages:
+            while len(self.stages) >= MOST_STAGES:
+                self.stages.popitem(last=False)
+            stage = Stage(images, self.unet, self.table, self.dtype, self.device)
+            if self.graphs is not None:
+                self._capture(stage, self.graphs)
+            self.stages[images] = stage
+        self.stages.move_to_end(images)
+        return self.stages[images]
+
+    def _capture(self, stage: Stage, graphs: Graphs) -> None:
+        before = memory_of(self.device)
+
+        def take(steps: int) -> None:
+            for _ in range(steps):
+                self.take_step(stage, self.parts)
+
+        graphs.warm_up(lambda: take(1))
+        stage.one_step = graphs.capture(lambda: take(1))
+        if len(self.rows) >= GRAPH_STEPS:
+            stage.many_steps = graphs.capture(lambda: take(GRAPH_STEPS))
+        self._compare(stage)
+        self.graph_bytes += memory_of(self.device) - before
+
+    def _compare(self, stage: Stage) -> None:
+        """Compare the captured loop with the eager one over a few steps.
+
+        From the middle of the table, where the network's output counts most.
+
+        Raises:
+            MathematicsError: they differ by more than rounding.
+        """
+        device, images = self.device, len(stage.x)
+        address = NoiseAddress(torch.zeros(2, dtype=torch.int64, device=device), torch.arange(images, device=device))
+        steps = min(COMPARED_STEPS, len(self.rows))
+        first, results = (len(self.rows) - steps) // 2, []
+        for run in (stage.one_step, lambda: self.take_step(stage, self.eager)):
+            assert run is not None
+            stage.start(address, first)
+            for _ in range(steps):
+                run()
+            results.append(stage.x.clone())
+        captured, eager = results
+        # What a step makes of a difference in the network's output: far more than it where the steps are few.
+        row = Row(*self.table.rows[first : first + steps].unbind(1))
+        allowed = DIFFERENCE[self.dtype] * max(1.0, float((row.e - row.u * row.q).abs().sum()))
+        difference = float((captured - eager).norm() / eager.norm())
+        if not difference <= allowed:
+            raise MathematicsError(
+                f"the captured loop differs from the eager one by {difference:.1e} of its size after {steps} steps "
+                f"({allowed:.0e} would be rounding): sample with --no-capture, or --no-compile"
+            )
+
+    @torch.no_grad()
+    def run(
+        self, address: NoiseAddress, on_step: OnStep | None = None, on_progress: Callable[[int], object] | None = None
+    ) -> Tensor:
+        """Sample one batch (Ho et al. 2020, Algorithm 2).
+
+        Args:
+            address: key and image numbers [N], on the loop's device.
+            on_step: called after each step with its number 0..K-1 and x; then steps are launched one by one.
+            on_progress: called now and then with the number of steps that the device has done since the last call.
+
+        Returns:
+            [N, C, H, W] float32, a copy.
+        """
+        stage = self.stage(len(address.sample_index))
+        stage.start(address)
+        one_step = stage.one_step or (lambda: self.take_step(stage, self.parts))
+        done, total, launched = 0, len(self.rows), Launched(self.device, on_progress)
+        while done < total:
+            many = stage.many_steps if on_step is None and total - done >= GRAPH_STEPS else None
+            steps = 1 if many is None else GRAPH_STEPS
+            (many or one_step)()
+            launched.add(steps)
+            if on_step is not None:
+                on_step(done, stage.x)
+            done += steps
+        launched.finish()
+        return stage.x.clone()
+
+
+@dataclass(frozen=True)
+class ImageRange:
+    """Which images to make: numbers first .. first + count - 1 of a seed."""
+
+    seed: int
+    first: int
+    count: int
+
+    def batches(self, largest: int) -> list[Tensor]:
+        """Split into batches of one size, at most `largest`; the last is padded by images past the end.
+
+        One size, because convolutions choose other algorithms at other shapes: bits stay equal in one shape.
+        """
+        number = -(-self.count // largest)
+        size = -(-self.count // number)
+        return [self.first + i * size + torch.arange(size) for i in range(number)]
+
+
+def sample(
+    loop: Loop, images: ImageRange, largest_batch: int = 64, progress: bool = False, on_step: OnStep | None = None
+) -> Tensor:
+    """Make images of a seed, in equal batches.
+
+    Returns:
+        [count, C, H, W] float32 on the CPU.
+
+    Raises:
+        MathematicsError: a value is not finite.
+    """
+    key, batches, made = key_from_seed(images.seed, loop.device), images.batches(largest_batch), []
+    total = len(loop.rows) * len(batches)
+    desc = "compiling, then sampling" if loop.execution.compiled else "sampling"
+    with tqdm(total=total, unit="step", desc=desc, disable=not progress, leave=False) as bar:
+
+        def advance(steps: int) -> None:
+            bar.set_description("sampling", refresh=False)
+            bar.update(steps)
+
+        for sample_index in batches:
+            address = NoiseAddress(key, sample_index.to(loop.device))
+            made.append(loop.run(address, on_step, advance if progress else None).cpu())
+    x = torch.cat(made)[: images.count]
+    if not torch.isfinite(x).all():
+        raise MathematicsError("a sampled value is not finite: the weights are broken, or bf16 overflowed")
+    return x

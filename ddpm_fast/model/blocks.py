@@ -1,0 +1,182 @@
+"""The U-Net's blocks (Ho et al. 2020, Appendix B), named as diffusers' UNet2DModel names its parameters.
+
+Shapes: N images, C channels, H x W pixels of the feature map, D width of the time embedding.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm_fast import ops
+from ddpm_fast.diffusion.noise import NoiseAddress
+
+
+class GroupNormSiLU(nn.Module):
+    """GroupNorm with its affine parameters, then SiLU unless told otherwise; see `ops.group_norm_silu`."""
+
+    def __init__(self, channels: int, groups: int, silu: bool = True) -> None:
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f"{channels} channels do not divide into {groups} groups")
+        self.groups, self.silu = groups, silu
+        self.kernels: bool | None = None  # set by `UNet.use_kernels`
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, dropout: ops.Dropout | None = None) -> Tensor:
+        options = {"shift": shift, "silu": self.silu, "dropout": dropout, "kernels": self.kernels}
+        return ops.group_norm_silu(x, self.weight, self.bias, self.groups, **options)
+
+
+class ConvBeforeShift(nn.Conv2d):
+    """A 3x3 convolution without its bias, which the time embedding's shift brings: see `UNet.time_shifts`.
+
+    A bias of its own before a norm that no compiler sees into is a pass over the whole map, and another backward.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight, None, self.stride, self.padding)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, conv; + time shift; GroupNorm, SiLU, dropout, conv; + shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = GroupNormSiLU(channels_in, groups)
+        self.conv1 = ConvBeforeShift(channels_in, channels_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding, channels_out)
+        self.norm2 = GroupNormSiLU(channels_out, groups)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
+        self.dropout = dropout
+        self.layer = 0  # this block's number in forward order, dropout's address; set by the U-Net
+
+    def forward(self, x: Tensor, shift: Tensor, noise: NoiseAddress | None = None) -> Tensor:
+        """Transform x [N, C, H, W] given this block's shift [N, C_out] of `UNet.time_shifts`."""
+        dropout = None
+        if noise is not None and self.dropout > 0:
+            dropout = ops.Dropout(self.dropout, noise.key, noise.sample_index, self.layer)
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h, shift, dropout))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Self-attention over pixels, one head, residual."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = GroupNormSiLU(channels, groups, silu=False)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    @property
+    def output(self) -> nn.Linear:
+        """The output projection; a list of one in the checkpoint's names."""
+        return cast(nn.Linear, self.to_out[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, H*W, C]
+        q, k, v = (project(pixels)[:, None] for project in (self.to_q, self.to_k, self.to_v))
+        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # scale C^-0.5
+        h = self.output(mixed).transpose(1, 2).unflatten(2, (height, width))
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Halve H and W by a strided convolution, padded on the right and bottom only, as TensorFlow's SAME."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double H and W by repeating pixels, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not F.interpolate: compiled, its gradient is atomic additions in any order, and comes back as NCHW.
+        pixels = x.permute(0, 2, 3, 1)  # [N, H, W, C]
+        wide = torch.stack((pixels, pixels), dim=3).flatten(2, 3)
+        return self.conv(torch.stack((wide, wide), dim=2).flatten(1, 2).permute(0, 3, 1, 2))
+
+
+class BlockList(nn.ModuleList):
+    """A ModuleList of ResBlocks, known to type checkers as such."""
+
+    if TYPE_CHECKING:  # Dynamo of PyTorch 2.11 cannot unpack a list with an `__iter__` of its own
+
+        def __iter__(self) -> Iterator[ResBlock]: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+class Level(nn.Module):
+    """One resolution on the way down or up: ResBlocks, each followed by attention if the level has it."""
+
+    def __init__(
+        self, blocks: list[ResBlock], attentions: list[Attention], resize: Downsample | Upsample | None
+    ) -> None:
+        super().__init__()
+        self.resnets = BlockList(blocks)
+        self.attentions = nn.ModuleList(attentions)
+        if isinstance(resize, Downsample):
+            self.downsamplers = nn.ModuleList([resize])
+        elif resize is not None:
+            self.upsamplers = nn.ModuleList([resize])
+        self.has_resize = resize is not None
+
+    def blocks(self) -> Iterator[tuple[ResBlock, nn.Module]]:
+        """Yield each ResBlock with the attention, or nothing, that follows it."""
+        nothing = nn.Identity()
+        yield from zip(self.resnets, self.attentions or [nothing] * len(self.resnets), strict=True)
+
+    def resize(self, x: Tensor) -> Tensor:
+        """Apply the level's down- or upsampler."""
+        resizers = self.downsamplers if hasattr(self, "downsamplers") else self.upsamplers
+        return resizers[0](x)
+
+
+class LevelList(nn.ModuleList):
+    """A ModuleList of Levels, known to type checkers as such."""
+
+    if TYPE_CHECKING:  # as for `BlockList`
+
+        def __iter__(self) -> Iterator[Level]: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+class MiddleBlock(nn.Module):
+    """ResBlock, attention, ResBlock at the lowest resolution."""
+
+    def __init__(self, blocks: list[ResBlock], attention: Attention) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([attention])
+        self.resnets = BlockList(blocks)
+
+    def forward(self, x: Tensor, shifts: Iterator[Tensor], noise: NoiseAddress | None = None) -> Tensor:
+        first, second = self.resnets
+        x = first(x, next(shifts), noise)
+        return second(self.attentions[0](x), next(shifts), noise)
+
+
+def xavier_uniform(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:
+    """Initialise as the original code does: uniform, variance gain / fan average; zero bias.
+
+    A gain of 0 is taken as 1e-10, which starts a residual branch at almost nothing but lets it learn.
+    """
+    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(gain or 1e-10))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,172 @@
+"""The paper's U-Net (Ho et al. 2020, Appendix B), for any image size that its levels divide.
+
+Its parameters carry the names of diffusers' UNet2DModel, so that such a checkpoint loads as it is.
+Shapes: N images, C channels, H x W pixels, D = 4 * channels the width of the time embedding, S the sum of all
+ResBlocks' output channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm_fast import ops
+from ddpm_fast.config import UNetConfig
+from ddpm_fast.diffusion.noise import NoiseAddress
+from ddpm_fast.model.blocks import (
+    Attention,
+    Downsample,
+    GroupNormSiLU,
+    Level,
+    LevelList,
+    MiddleBlock,
+    ResBlock,
+    Upsample,
+    xavier_uniform,
+)
+
+
+class TimeEmbedding(nn.Module):
+    """Linear, SiLU, Linear over the sinusoids: [N, channels] -> [N, D]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, sinusoids: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+
+
+class UNet(nn.Module):
+    """Predicts noise, x0 or v from x_t and t."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(config.channels)
+        down, skips = self._build_down(widths)
+        self.down_blocks = LevelList(down)
+        self.mid_block = MiddleBlock(
+            [self._res_block(widths[-1], widths[-1]) for _ in range(2)], Attention(widths[-1], config.groups)
+        )
+        self.up_blocks = LevelList(self._build_up(widths, skips))
+        self.conv_norm_out = GroupNormSiLU(widths[0], config.groups)
+        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
+        for number, block in enumerate(self.res_blocks()):
+            block.layer = number
+        self.use_kernels(None)
+        self.initialize()
+
+    def _res_block(self, channels_in: int, channels_out: int) -> ResBlock:
+        config = self.config
+        return ResBlock(channels_in, channels_out, 4 * config.channels, config.groups, config.dropout)
+
+    def _attentions(self, level: int, channels: int, count: int) -> list[Attention]:
+        has_attention = (self.config.height >> level) in self.config.attention_resolutions
+        return [Attention(channels, self.config.groups) for _ in range(count)] if has_attention else []
+
+    def _build_down(self, widths: list[int]) -> tuple[list[Level], list[int]]:
+        """Build the way down; also return the channels of every skip connection, in order."""
+        levels, skips, last = list[Level](), [widths[0]], len(widths) - 1
+        for level, width in enumerate(widths):
+            blocks = [self._res_block(skips[-1] if i == 0 else width, width) for i in range(self.config.res_blocks)]
+            resize = Downsample(width) if level < last else None
+            levels.append(Level(blocks, self._attentions(level, width, len(blocks)), resize))
+            skips += [width] * (len(blocks) + (resize is not None))
+        return levels, skips
+
+    def _build_up(self, widths: list[int], skips: list[int]) -> list[Level]:
+        levels, channels, skips = list[Level](), widths[-1], list(skips)
+        for level, width in reversed(list(enumerate(widths))):
+            blocks = []
+            for _ in range(self.config.res_blocks + 1):
+                blocks.append(self._res_block(channels + skips.pop(), width))
+                channels = width
+            resize = Upsample(width) if level > 0 else None
+            levels.append(Level(blocks, self._attentions(level, width, len(blocks)), resize))
+        return levels
+
+    def res_blocks(self) -> list[ResBlock]:
+        """Return all ResBlocks in forward order."""
+        levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [block for level in levels for block in level.resnets]
+
+    def estimate_flop(self) -> int:
+        """Estimate the FLOPs an image of one forward pass: every weight is used at every pixel of its level."""
+        config, last = self.config, len(self.down_blocks) - 1
+        parts = [*enumerate(self.down_blocks), (last, self.mid_block)]
+        parts += [(last - i, level) for i, level in enumerate(self.up_blocks)]
+        return sum(
+            2 * weight.numel() * (config.height >> level) * (config.width >> level)
+            for level, part in parts
+            for weight in part.parameters()
+        )
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw initial weights as the original code does (its `default_init`), from PyTorch's generator."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                xavier_uniform(module)
+        for block in self.res_blocks():
+            xavier_uniform(block.conv2, gain=0)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                xavier_uniform(module.output, gain=0)
+        xavier_uniform(self.conv_out, gain=0)
+
+    def use_kernels(self, kernels: bool | None) -> "UNet":
+        """Choose how this network's ops run, and those around it in training and sampling; see `ops`."""
+        self.kernels = kernels
+        for module in self.modules():
+            if isinstance(module, GroupNormSiLU):
+                module.kernels = kernels
+        return self
+
+    def time_shifts(self, t: Tensor) -> Tensor:
+        """Compute what every ResBlock adds to its first convolution's output for timestep t; once for all steps.
+
+        That is the time embedding's projection and the convolution's own bias.
+
+        Args:
+            t: [N] timesteps.
+
+        Returns:
+            [N, S], the blocks' shifts side by side in forward order.
+        """
+        blocks = self.res_blocks()
+        embedding = self.time_embedding(ops.timestep_embedding(t, self.config.channels, kernels=self.kernels))
+        weight = torch.cat([block.time_emb_proj.weight for block in blocks])
+        bias = torch.cat([block.time_emb_proj.bias for block in blocks])
+        conv_bias = torch.cat([block.conv1.bias for block in blocks if block.conv1.bias is not None])
+        return F.linear(F.silu(embedding), weight, bias + conv_bias)
+
+    def forward(self, x: Tensor, t: Tensor, noise: NoiseAddress | None = None) -> Tensor:
+        """Predict from x_t [N, C, H, W] at timesteps t [N]; `noise` is dropout's address in training."""
+        return self.denoise(x, self.time_shifts(t), noise)
+
+    def denoise(self, x: Tensor, time_shifts: Tensor, noise: NoiseAddress | None = None) -> Tensor:
+        """Predict from x_t [N, C, H, W] and the `time_shifts` [N, S] of its timesteps: [N, C, H, W]."""
+        widths = [block.conv1.out_channels for block in self.res_blocks()]
+        shifts = iter(time_shifts.split(widths, dim=1))
+
+        h = self.conv_in(x)
+        skips = [h]
+        for level in self.down_blocks:
+            for block, attention in level.blocks():
+                h = attention(block(h, next(shifts), noise))
+                skips.append(h)
+            if level.has_resize:
+                h = level.resize(h)
+                skips.append(h)
+
+        h = self.mid_block(h, shifts, noise)
+
+        for level in self.up_blocks:
+            for block, attention in level.blocks():
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), next(shifts), noise))
+            if level.has_resize:
+                h = level.resize(h)
+        return self.conv_out(self.conv_norm_out(h))

@@ -1,0 +1,227 @@
+"""The five ops of the engine in plain PyTorch: what they mean, readable next to the paper.
+
+The Triton kernels compute the same; `ddpm_fast.ops` chooses between them. Arithmetic is float32, or float64
+where tables or inputs are float64: then these functions are the truth that tests compare with.
+Images may have any memory layout: shapes are written N, C, H, W whatever the strides. T timesteps, K sampling
+steps, G groups. What changes from call to call (key, sample_index, step) is a device tensor, so that a captured graph
+can be replayed with other values.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_fast.diffusion.noise import NoiseAddress, Stream, flips, normal, words_below
+from ddpm_fast.diffusion.samplers import Row
+from ddpm_fast.diffusion.schedule import TrainingTable
+
+GROUP_NORM_EPS = 1e-6
+"""The paper's code adds this to the variance; PyTorch's default is ten times more."""
+
+
+class Dropout(NamedTuple):
+    """Addressable dropout: which activations fall is a function of the address alone."""
+
+    probability: float
+    key: Tensor  # [2] int64 words of the seed
+    sample_index: Tensor  # [N] int64 numbers of the training examples
+    layer: int  # number of the layer in forward order, else every block would drop the same places
+
+
+def _per_image(column: Tensor) -> Tensor:
+    return column.view(-1, 1, 1, 1)
+
+
+def _normalize(images: Tensor, address: NoiseAddress, flip: bool, dtype: torch.dtype) -> Tensor:
+    """Return x_start: images in [-1, 1], mirrored where the address says so."""
+    x_start = images.to(dtype) / 127.5 - 1 if images.dtype == torch.uint8 else images.to(dtype)
+    return torch.where(_per_image(flips(address)), x_start.flip(-1), x_start) if flip else x_start
+
+
+def q_sample(
+    images: Tensor,
+    t: Tensor,
+    table: Tensor,
+    key: Tensor,
+    sample_index: Tensor,
+    flip: bool = False,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Tensor:
+    """Diffuse images to timestep t: x_t = a*x_start + b*eps (Ho et al. 2020, Eq. 4).
+
+    Args:
+        images: [N, C, H, W] uint8 in 0..255 (mapped to [-1, 1]), or floats taken as they are.
+        t: [N] int64 in 0..T-1.
+        table: [T, 5], see `schedule.training_table`; its dtype is the dtype of the arithmetic.
+        key: [2] int64 words of the seed.
+        sample_index: [N] int64 numbers of the training examples, the noise's address.
+        flip: mirror each image left to right with probability 1/2.
+        dtype: of the result.
+        channels_last: lay the result out as NHWC.
+
+    Returns:
+        [N, C, H, W] in `dtype`.
+    """
+    address = NoiseAddress(key, sample_index)
+    compute = torch.promote_types(table.dtype, torch.float32)
+    row = TrainingTable(*table[t].unbind(1))
+    x_start = _normalize(images, address, flip, compute)
+    eps = normal(address, 0, Stream.TRAINING, (images.shape[1], images.shape[2], images.shape[3]), compute)
+    x_t = _per_image(row.a) * x_start + _per_image(row.b) * eps
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return x_t.to(dtype, memory_format=layout)
+
+
+def noise_mse(
+    prediction: Tensor,
+    images: Tensor,
+    t: Tensor,
+    table: Tensor,
+    key: Tensor,
+    sample_index: Tensor,
+    flip: bool = False,
+) -> Tensor:
+    """Compare a prediction with its target, made again from the noise's address (Ho et al. 2020, Eq. 14).
+
+    Args:
+        prediction: [N, C, H, W], what the U-Net returned for `q_sample` of the same arguments.
+        images, t, table, key, sample_index, flip: as for `q_sample`.
+
+    Returns:
+        [N] weighted mean squared errors m * mean((prediction - c*eps - d*x_start)**2), in the arithmetic's dtype.
+    """
+    address = NoiseAddress(key, sample_index)
+    compute = torch.promote_types(table.dtype, torch.float32)
+    row = TrainingTable(*table[t].unbind(1))
+    x_start = _normalize(images, address, flip, compute)
+    eps = normal(address, 0, Stream.TRAINING, (images.shape[1], images.shape[2], images.shape[3]), compute)
+    target = _per_image(row.c) * eps + _per_image(row.d) * x_start
+    return row.m * (prediction.to(compute) - target).square().mean(dim=(1, 2, 3))
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    shift: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    silu: bool = True,
+    dropout: Dropout | None = None,
+    eps: float = GROUP_NORM_EPS,
+    group_norm: Callable[..., Tensor] = F.group_norm,
+) -> Tensor:
+    """Normalise each group of channels (Wu and He 2018), then SiLU, with the time embedding and dropout.
+
+    y = dropout(silu(group_norm(x + shift) * weight + bias)), where a scale-shift turns the normalised value n
+    into n * (1 + scale) + shift after weight and bias (Dhariwal and Nichol 2021, "adaptive group normalisation").
+
+    Args:
+        x: [N, C, H, W] float32, bfloat16 or float16 (float64 stays float64).
+        weight, bias: [C].
+        groups: G, which divides C.
+        shift: [N, C], added to x before its statistics are taken: the paper's time embedding.
+        scale_shift: [N, 2 * C], scale then shift.
+        silu: whether to end in SiLU.
+        dropout: which activations to drop after SiLU; those kept are divided by 1 - probability.
+        eps: added to the variance.
+        group_norm: what normalises: PyTorch's, or what computes the same.
+
+    Returns:
+        [N, C, H, W] in x's dtype and layout.
+
+    Raises:
+        ValueError: groups do not divide C.
+    """
+    if x.shape[1] % groups:
+        raise ValueError(f"{x.shape[1]} channels do not divide into {groups} groups")
+    compute = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(compute)
+    if shift is not None:
+        h = h + shift.to(compute)[:, :, None, None]
+    h = group_norm(h, groups, weight.to(compute), bias.to(compute), eps)
+    if scale_shift is not None:
+        scale, offset = scale_shift.to(compute)[:, :, None, None].chunk(2, dim=1)
+        h = h * (1 + scale) + offset
+    if silu:
+        h = F.silu(h)
+    if dropout is not None and dropout.probability > 0:
+        address, shape = NoiseAddress(dropout.key, dropout.sample_index), (x.shape[1], x.shape[2], x.shape[3])
+        dropped = words_below(address, dropout.layer, Stream.DROPOUT, shape, drop_threshold(dropout.probability))
+        h = torch.where(dropped, 0.0, h / (1 - dropout.probability))
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return h.to(x.dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+
+
+def drop_threshold(probability: float) -> int:
+    """Return the word below which an activation is dropped: an integer, so that all devices agree exactly."""
+    return int(probability * 2**32)
+
+
+def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Embed timesteps as sinusoids (Ho et al. 2020, Appendix B; Vaswani et al. 2017).
+
+    Args:
+        t: [N] timesteps, integers or floats.
+        dim: size of the embedding, even.
+        dtype: of the arithmetic and the result.
+
+    Returns:
+        [N, dim]: sines of t * exp(-ln(10000) * i / (dim/2 - 1)) for i below dim/2, then the cosines.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=dtype, device=t.device) * (-math.log(10000.0) / max(half - 1, 1))
+    angle = t.to(dtype)[:, None] * exponent.exp()[None, :]
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def reverse_step(
+    x: Tensor,
+    out: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    key: Tensor,
+    sample_index: Tensor,
+    *,
+    clip: bool,
+    noisy: bool,
+    x0: Tensor | None = None,
+    model_input: Tensor | None = None,
+) -> None:
+    """Take one row of a sampler's table, in place (see `samplers`; Ho et al. 2020, Algorithm 2, line 4).
+
+    In place, because a captured loop needs every step to read where the last one wrote.
+
+    Args:
+        x: [N, C, H, W] float32 x_t, overwritten with x at the next row's t.
+        out: [N, C, H, W], what the U-Net returned for x.
+        rows: [K, 8], the table; columns as in `samplers.Row`.
+        step: [1] int64, the row's number 0..K-1.
+        key: [2] int64 words of the seed.
+        sample_index: [N] int64 numbers of the images.
+        clip: clip x0 to [-1, 1].
+        noisy: whether any row adds noise; without, none is made.
+        x0: [N, C, H, W] float32, the last step's x0 (zeros at first), overwritten with this step's; needed by
+            multistep samplers only.
+        model_input: [N, C, H, W], overwritten with x in the dtype that the U-Net reads.
+    """
+    row = Row(*rows.index_select(0, step).to(x.dtype)[0])
+    estimate = row.p * x - row.q * out.to(x.dtype)
+    if clip:
+        estimate = estimate.clamp(-1, 1)
+    x_next = row.u * estimate + row.v * x + row.e * out.to(x.dtype)
+    if x0 is not None:
+        x_next = x_next + row.w * x0
+        x0.copy_(estimate)
+    if noisy:
+        shape = (x.shape[1], x.shape[2], x.shape[3])
+        x_next = x_next + row.s * normal(NoiseAddress(key, sample_index), step + 1, Stream.SAMPLING, shape, x.dtype)
+    x.copy_(x_next)
+    if model_input is not None:
+        model_input.copy_(x)

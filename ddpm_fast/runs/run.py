@@ -1,0 +1,297 @@
+"""A training run: its directory, its progress, and how it stops.
+
+runs/NAME/
+  config.json       the resolved configuration, versions, data fingerprint
+  metrics.jsonl     one line a logging interval
+  samples/          normalized and raw grids
+  checkpoints/      see `checkpoint`
+  tensorboard/      the same metrics and grids for TensorBoard
+"""
+
+import json
+import platform
+import signal
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ddpm_fast.config import Config, InputError, MathematicsError, SamplerConfig, from_dict, to_dict, with_training
+from ddpm_fast.data.batches import BatchSource
+from ddpm_fast.data.dataset import Dataset
+from ddpm_fast.diffusion.noise import key_from_seed
+from ddpm_fast.diffusion.samplers import sampler_table
+from ddpm_fast.engine.execution import choose_device, choose_execution
+from ddpm_fast.engine.sampling import ImageRange, Loop, sample
+from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.runs import checkpoint
+from ddpm_fast.runs.grids import save_normalized_and_raw, to_uint8
+
+GRID_SAMPLER = SamplerConfig("ddim", 50)
+"""What draws the grids during training: its first noise is the same every time, so that progress is seen."""
+SLOW_START_STEPS = 500
+"""By this step, and after the warm-up, the loss must have fallen below that of predicting nothing."""
+
+
+class InterruptedRunError(Exception):
+    """The run was asked to stop by a signal; it has been saved."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + number
+
+
+def read_config(run: Path) -> tuple[Config, str] | None:
+    """Return a run's configuration and data fingerprint; None when config.json is missing or torn."""
+    try:
+        values = json.loads((run / "config.json").read_text())
+        return from_dict(values["config"]), str(values["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _differences(saved: Config, asked: Config) -> list[str]:
+    """Name the fields in which two configurations differ, as "name: saved -> asked"."""
+    saved_values, asked_values = to_dict(saved), to_dict(asked)
+    pairs = []
+    for part, value in saved_values.items():
+        fields = value if isinstance(value, dict) else {part: value}
+        others = asked_values[part] if isinstance(value, dict) else {part: asked_values[part]}
+        pairs += [f"--{k.replace('_', '-')} {fields[k]} -> {others[k]}" for k in fields if fields[k] != others[k]]
+    return pairs
+
+
+def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
+    """Refuse to continue a run as another one: only --steps may be raised.
+
+    Raises:
+        InputError: a flag or the data differ from the run's config.json.
+    """
+    found = read_config(run)
+    if found is None:
+        return
+    saved, saved_fingerprint = found
+    steps = config.training.steps
+    differing = _differences(with_training(saved, steps=steps), config)
+    if differing:
+        raise InputError(
+            f"{run} was started otherwise ({'; '.join(differing)}): leave the flag out, or use another --out"
+        )
+    if steps < saved.training.steps:
+        raise InputError(f"{run} was started with --steps {saved.training.steps}: ask for as many or more, not {steps}")
+    if fingerprint != saved_fingerprint:
+        raise InputError(
+            f"{run} was trained on other data (fingerprint {saved_fingerprint[:12]}, now {fingerprint[:12]})"
+        )
+
+
+def find_start(run: Path, config: Config, fingerprint: str, resume: bool) -> checkpoint.Checkpoint | None:
+    """Decide, without writing anything, where a run starts.
+
+    Returns:
+        The checkpoint to continue from, or None to start at step 0.
+
+    Raises:
+        InputError: the directory holds anything and is not resumed, or belongs to another run.
+    """
+    if run.exists() and not run.is_dir():
+        raise InputError(f"--out {run} is a file: name a directory that does not exist yet")
+    if not resume:
+        if run.exists() and any(run.iterdir()):
+            raise InputError(f"--out {run} exists and is not empty: add --resume to continue it, or name another")
+        return None
+    check_resumable(run, config, fingerprint)
+    found = checkpoint.newest(run)
+    if found is not None and found.fingerprint != fingerprint:
+        raise InputError(f"{found.path} was trained on other data than {config.data.data}: use another --out")
+    return found
+
+
+def prepare(run: Path, config: Config, fingerprint: str, step: int) -> None:
+    """Make the run directory, and cut its metrics back to the step that the run starts from.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with checkpoint.writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        versions = {name: version(name) for name in ("ddpm-fast", "torch")} | {"python": platform.python_version()}
+        values = {"fingerprint": fingerprint, "versions": versions, "config": to_dict(config)}
+        checkpoint.replace_file(run / "config.json", checkpoint.to_json(values))
+        _cut_metrics(run / "metrics.jsonl", step)
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop, whole or not at all, the lines after a checkpoint's step and a torn last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    checkpoint.replace_file(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+class Signals:
+    """Remembers SIGINT and SIGTERM until the step is done; restores the handlers on leaving."""
+
+    def __enter__(self) -> "Signals":
+        self.received = 0
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """One run of the trainer in its directory."""
+
+    def __init__(
+        self, directory: Path, config: Config, dataset: Dataset, found: checkpoint.Checkpoint | None, progress: bool
+    ) -> None:
+        """Set up the run in its directory, without training yet.
+
+        Args:
+            directory: where the run is kept.
+            config: what to train.
+            dataset: what to train on.
+            found: the checkpoint to continue from, see `find_start`.
+            progress: show bars.
+
+        Raises:
+            InputError: the directory cannot be written, or the checkpoint does not fit.
+        """
+        self.directory, self.config, self.dataset, self.progress = directory, config, dataset, progress
+        device = choose_device(config.training.device)
+        source = BatchSource(dataset, key_from_seed(config.training.seed, "cpu"), device)
+        execution = choose_execution(config.training.compile, config.training.capture, device)
+        self.trainer = Trainer(config, source.batch, device, execution)
+        self.loop: Loop | None = None
+        if found is not None:
+            try:
+                self.trainer.load_state(found.step, {part: found.tensors(part) for part in checkpoint.PARTS})
+            except ValueError as error:
+                raise InputError(f"{found.path} does not fit its own configuration: {error}") from None
+        prepare(directory, config, dataset.fingerprint, self.trainer.step)
+
+    def train(self) -> None:
+        """Train up to the configured number of steps, logging, saving and drawing on the way.
+
+        Raises:
+            InterruptedRunError: SIGINT or SIGTERM arrived; the run is saved.
+            MathematicsError: a loss or gradient was not finite; the last good checkpoint is kept.
+            InputError: the disk is full or not writable.
+        """
+        training, trainer = self.config.training, self.trainer
+        bar = tqdm(total=training.steps, initial=trainer.step, unit="step", desc="training", disable=not self.progress)
+        with (
+            Signals() as signals,
+            SummaryWriter(str(self.directory / "tensorboard"), purge_step=trainer.step) as self.board,
+            bar,
+        ):
+            self._since, self._since_step = time.perf_counter(), trainer.step
+            while trainer.step < training.steps:
+                trainer.train_step_no_sync()
+                bar.update()
+                last = trainer.step == training.steps
+                if trainer.step % training.log_every == 0 or last:
+                    bar.set_postfix(loss=f"{self._log():.4f}")
+                if last or signals.received or trainer.step % training.save_every == 0:
+                    self.save()
+                if last or (training.sample_every and trainer.step % training.sample_every == 0):
+                    self.draw()
+                if signals.received and not last:
+                    name = signal.Signals(signals.received).name
+                    message = f"{name}: saved step {trainer.step} in {self.directory}; add --resume to continue"
+                    raise InterruptedRunError(signals.received, message)
+
+    def _stop_if_not_finite(self) -> None:
+        bad_step = int(self.trainer.bad_step)
+        if bad_step >= 0:
+            where = self.trainer.name_the_bad_layer()
+            good = checkpoint.newest(self.directory)
+            kept = f"the last good checkpoint is {good.path}" if good else "there was no checkpoint yet"
+            raise MathematicsError(
+                f"step {bad_step}: {where}; {kept}. "
+                "Try a lower --learning-rate, a longer --warmup-steps, or --precision fp32"
+            )
+
+    def _log(self) -> float:
+        """Write one line of metrics and return the interval's mean loss."""
+        trainer = self.trainer
+        self._stop_if_not_finite()
+        now = time.perf_counter()
+        seconds, steps = now - self._since, trainer.step - self._since_step
+        loss = trainer.read_loss()
+        metrics: dict[str, Any] = {
+            "step": trainer.step,
+            "loss": loss,
+            "gradient_norm": float(trainer.gradient_norm),
+            "learning_rate": float(trainer.rate),
+            "wall": {
+                "seconds": round(seconds, 4),
+                "images_per_s": round(steps * self.config.training.batch_size / seconds, 1),
+            },
+        }
+        self._since, self._since_step = now, trainer.step
+        with checkpoint.writing(self.directory / "metrics.jsonl"), (self.directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        for name in ("loss", "gradient_norm", "learning_rate"):
+            self.board.add_scalar(name, metrics[name], trainer.step)
+        self.board.add_scalar("images_per_s", metrics["wall"]["images_per_s"], trainer.step)
+        self._warn_if_not_learning(loss)
+        return loss
+
+    def _warn_if_not_learning(self, loss: float) -> None:
+        """Say so once if the loss has not left that of predicting nothing."""
+        training = self.config.training
+        due = max(SLOW_START_STEPS, training.warmup_steps)
+        if not 0 <= self.trainer.step - due < training.log_every:
+            return
+        nothing = self.trainer.loss_of_predicting_nothing()
+        if loss > 0.9 * nothing:
+            tqdm.write(
+                f"warning: after {self.trainer.step} steps the loss {loss:.3f} is still that of predicting nothing "
+                f"({nothing:.3f}): the learning rate may be far too low or too high, or the data may be constant; "
+                f"run ddpm-fast check {self.directory}"
+            )
+
+    def save(self) -> Path:
+        """Write a checkpoint; never one that is not finite."""
+        self._stop_if_not_finite()
+        trainer = self.trainer
+        return checkpoint.save(self.directory, trainer.step, self.config, self.dataset.fingerprint, trainer.state())
+
+    def draw(self) -> None:
+        """Draw a grid of samples from the averaged weights, normalized and raw."""
+        unet = self.config.unet
+        count = 64 if unet.height * unet.width <= 64 * 64 else 16
+        sampler = replace(GRID_SAMPLER, steps=min(GRID_SAMPLER.steps, self.config.diffusion.timesteps))
+        with self.trainer.averaged() as averaged:
+            if self.loop is None:  # kept, so that it is compiled and captured once
+                table = sampler_table(self.config.diffusion, sampler)
+                self.loop = Loop(averaged, table, self.trainer.dtype, self.trainer.execution)
+            else:
+                self.loop.load_weights(averaged)
+        samples = sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.progress)
+        directory = self.directory / "samples"
+        with checkpoint.writing(directory):
+            directory.mkdir(exist_ok=True)
+        save_normalized_and_raw(samples, directory, f"step-{self.trainer.step:07d}")
+        if unet.image_channels in (1, 3):
+            pixels = torch.from_numpy(to_uint8(samples))
+            self.board.add_images("samples", pixels, self.trainer.step, dataformats="NHWC")

@@ -1,0 +1,214 @@
+"""The command line as a user meets it: one-line errors, exit statuses, and the files that come out."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast.cli import main as cli
+from ddpm_fast.config import PRESETS, InputError
+
+TINY = "--channels 8 --channel-multipliers 1 --res-blocks 1 --attention-resolutions --groups 4 --batch-size 4"
+TINY_RUN = f"{TINY} --steps 3 --sample-every 0 --timesteps 25 --schedule linear --beta-end 0.5 --device cpu"
+
+
+def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Run the command line in this process; return its exit status, output and errors."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments.split())
+    code = stop.value.code
+    out, err = capsys.readouterr()
+    return (code if isinstance(code, int) else 0), out, err
+
+
+def refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line with which arguments are refused."""
+    status, _, err = run(arguments, capsys)
+    assert status == 2
+    assert err.startswith("ddpm-fast: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--out", str(directory), *TINY_RUN.split()])
+    assert stop.value.code == 0
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("trian", "Did you mean 'train'?"),
+        ("train --preset cifr10", "Did you mean 'cifar10'?"),
+        ("train --chanels 3", "Did you mean '--channels'?"),
+        ("train --schedule cosin", "Did you mean 'cosine'?"),
+        ("train --steps many", "--steps"),
+        ("train --steps 0", "steps is 0"),
+        ("train --height 9 --width 8", "height 9 does not divide by 2"),
+        ("train --resume", "--resume needs --out"),
+        ("train --preset cifar10", "--data"),
+        ("train --data nowhere", "nowhere does not exist"),
+        ("train --device cuda", "there is no NVIDIA GPU"),
+        ("train stray", "stray"),
+        ("sample nowhere", "nowhere does not exist"),
+        ("sample x --count 0", "--count is 0"),
+        ("sample x --sampler dpm+", "Did you mean 'dpm++'?"),
+        ("sample", "Missing RUN_OR_CHECKPOINT"),
+        ("check nowhere", "nowhere does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, says, tmp_path, monkeypatch, capsys):
+    if "cuda" in arguments:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert says.lower() in refused(arguments, capsys).lower()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_running_out_of_memory_is_one_line_that_names_the_knobs(trained, tmp_path, monkeypatch, capsys):
+    def exhausted(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("ddpm_fast.engine.sampling.Loop.run", exhausted)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    said = refused(f"sample {trained} --device cpu --batch-size 7 --out {tmp_path}", capsys)
+    assert "--batch-size 7" in said
+    assert "--precision bf16" in said
+
+
+def test_sampling_writes_what_is_promised_and_touches_nothing_else(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    status, _, _ = run(f"sample {trained} -n 3 --first-index 17 --seed 5 --out {out} --animate", capsys)
+    assert status == 0
+    names = {entry.name for entry in out.iterdir()}
+    pictures = {"000017.png", "000018.png", "000019.png", "grid.png", "animation.gif"}
+    assert names == pictures | {"samples.json", "mine.txt"}
+    with Image.open(out / "000017.png") as image:
+        assert (image.mode, image.size) == ("L", (8, 8))
+    facts = json.loads((out / "samples.json").read_text())
+    expected = {"seed": 5, "first_index": 17, "count": 3, "sampler": "ddpm", "steps": 25, "weights": "ema"}
+    assert facts | expected == facts
+    assert facts["seconds"] > 0
+
+
+def test_image_17_is_image_17(trained, tmp_path, capsys):
+    run(f"sample {trained} -n 20 --seed 3 --sampler ddim --steps 5 --out {tmp_path / 'many'}", capsys)
+    run(f"sample {trained} -n 1 --seed 3 --sampler ddim --steps 5 --first-index 17 --out {tmp_path / 'one'}", capsys)
+    many, one = (np.asarray(Image.open(tmp_path / name / "000017.png"), dtype=int) for name in ("many", "one"))
+    assert np.abs(many - one).max() <= 1
+
+
+def test_default_out_names_sampler_steps_and_seed(trained, capsys):
+    run(f"sample {trained} -n 1 --sampler dpm++ --steps 4 --seed 9", capsys)
+    assert (trained / "samples/dpm++-4-seed9/000000.png").exists()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 24, 25])
+def test_any_number_of_steps_up_to_t(trained, tmp_path, steps, capsys):
+    assert run(f"sample {trained} -n 1 --steps {steps} --out {tmp_path / 'out'}", capsys)[0] == 0
+
+
+def test_more_steps_than_timesteps_are_refused(trained, capsys):
+    assert "26 sampling steps" in refused(f"sample {trained} --steps 26", capsys)
+
+
+def test_a_finished_run_says_so_and_more_steps_continue_it(tmp_path, capsys):
+    assert run(f"train --out {tmp_path}/run {TINY_RUN}", capsys)[0] == 0
+    assert "--resume" in refused(f"train --out {tmp_path}/run {TINY_RUN}", capsys)
+    status, out, _ = run(f"train --out {tmp_path}/run --resume", capsys)
+    assert status == 0
+    assert "is finished" in out
+    status, out, _ = run(f"train --out {tmp_path}/run --resume --steps 5", capsys)
+    assert status == 0
+    assert "continuing at step 3" in out
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-0000005\n"
+    assert "--batch-size 4 -> 8" in refused(f"train --out {tmp_path}/run --resume --batch-size 8", capsys)
+
+
+@pytest.mark.parametrize("torn", ["", '{"config": {"uu'])
+def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(tmp_path, torn, capsys):
+    (tmp_path / "config.json").write_text(torn)
+    status, out, _ = run(f"train --out {tmp_path} --resume {TINY_RUN}", capsys)
+    assert status == 0
+    assert "no checkpoint, starting at step 0" in out
+
+
+def test_a_failed_check_exits_with_3_and_writes_nothing(tmp_path, capsys):
+    status, out, _ = run(f"train --out {tmp_path}/run {TINY_RUN.replace('0.5', '0.01')}", capsys)
+    assert status == 3
+    assert "FAIL the schedule ends in noise" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_of_a_run_leaves_out_the_first_loss(trained, capsys):
+    status, out, _ = run(f"check {trained}", capsys)
+    assert status == 0
+    assert "first loss" not in out
+    assert "output depends on t" in out
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(arguments: list[str]) -> int:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(cli, "_train", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["train"])
+
+
+def test_an_unwritable_out_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(f"train --out {tmp_path}/file/run {TINY_RUN}", capsys)
+
+
+def test_help_explains_every_field(capsys):
+    status, out, _ = run("train --help", capsys)
+    assert status == 0
+    for flag in cli._flags_of(cli.TrainArguments):
+        assert flag in out or flag.replace("--", "--no-") in out
+    assert out.count("(default:") >= len(cli._flags_of(cli.TrainArguments)) - 5  # the rest wraps over a line's end
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from ddpm_fast.cli import main as cli\ntry: cli.main(['train', '--help'])\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code + "assert 'torch' not in sys.modules"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_python_dash_m_works():
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "ddpm_fast", "--help"], capture_output=True, text=True, check=True)
+    assert "train" in done.stdout
+    assert time.perf_counter() - started < 10  # 0.2 s where nothing else runs
+
+
+def test_presets_give_the_defaults():
+    parsed = cli.parse_train(["--preset", "church256", "--seed", "4"])
+    assert parsed.config.unet == PRESETS["church256"].unet
+    assert parsed.config.training.seed == 4
+    with pytest.raises(InputError, match="unknown flag"):
+        cli.parse_train(["--bogus"])
+
+
+def test_a_run_is_checked_as_asked_not_as_it_was_trained(trained, capsys):
+    status, out, _ = run(f"check {trained} --device cpu --no-kernels", capsys)
+    assert status == 0
+    assert "none run here: the device is cpu, --no-kernels" in out

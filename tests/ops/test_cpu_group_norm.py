@@ -1,0 +1,56 @@
+"""GroupNorm of narrow groups on a CPU against PyTorch's own, in float64 and by finite differences."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_fast import ops
+from ddpm_fast.ops import reference
+from ddpm_fast.ops.cpu_group_norm import group_norm, narrow_group_norm, pays_for
+
+EPS = 1e-6
+
+
+def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.manual_seed(0)
+    x = (3 + 2 * torch.randn(shape, generator=generator, dtype=dtype)).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, shape[1], generator=generator, dtype=dtype)
+    return x, weight, bias
+
+
+@pytest.mark.parametrize("groups", [1, 4, 12])
+def test_it_is_pytorchs_group_norm(groups):
+    x, weight, bias = tensors((3, 12, 5, 4))
+    y = narrow_group_norm(x, groups, weight, bias, EPS)
+    torch.testing.assert_close(y, F.group_norm(x, groups, weight, bias, EPS))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_its_gradients_are_those_of_finite_differences(groups):
+    inputs = [tensor.requires_grad_() for tensor in tensors((2, 6, 3, 2))]
+    assert torch.autograd.gradcheck(lambda x, weight, bias: narrow_group_norm(x, groups, weight, bias, EPS), inputs)
+
+
+def test_a_large_mean_costs_no_precision():
+    x, weight, bias = tensors((2, 8, 16, 16), torch.float32)
+    x = x + 1000
+    wide = F.group_norm(x.double(), 8, weight.double(), bias.double(), EPS)
+    error = (narrow_group_norm(x, 8, weight, bias, EPS) - wide).abs().max()
+    assert error < 1e-3  # x itself is rounded to 6e-5; E[x^2] - E[x]^2 would be off by 0.06 and more
+
+
+def test_a_cpu_takes_it_where_it_pays_and_computes_the_same():
+    x, weight, bias = tensors((64, 32, 16, 16), torch.float32)
+    shift = torch.randn(64, 32)
+    assert pays_for(x, 32)
+    assert torch.equal(group_norm(x, 32, weight, bias, EPS), narrow_group_norm(x, 32, weight, bias, EPS))
+    assert pays_for(x, 8)
+    assert not pays_for(x, 4)  # 8 channels a group
+    assert not pays_for(x[:8], 32)  # small
+    assert not pays_for(x.reshape(16, 32, 32, 32), 32)  # 1,024 pixels
+    ours = ops.group_norm_silu(x, weight, bias, 32, shift=shift)
+    theirs = reference.group_norm_silu(x.double(), weight.double(), bias.double(), 32, shift=shift.double())
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    assert ours.is_contiguous(memory_format=torch.channels_last)

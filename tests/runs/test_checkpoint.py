@@ -1,0 +1,102 @@
+"""Checkpoints are whole or not at all, and never unpickled."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_fast.config import PRESETS, InputError
+from ddpm_fast.runs import checkpoint
+
+PARTS = {part: {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1.0)} for part in checkpoint.PARTS}
+
+
+def save(run: Path, step: int) -> Path:
+    return checkpoint.save(run, step, PRESETS["digits"], "f" * 40, PARTS)
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    path = save(tmp_path, 7)
+    for name in (tmp_path, path):
+        found = checkpoint.resolve(name)
+        assert (found.step, found.config, found.fingerprint) == (7, PRESETS["digits"], "f" * 40)
+        for part, tensors in PARTS.items():
+            for key, value in found.tensors(part).items():
+                torch.testing.assert_close(value, tensors[key], rtol=0, atol=0)
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-0000007"]
+
+
+def test_channels_last_tensors_keep_their_values(tmp_path):
+    weight = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+    path = checkpoint.save(tmp_path, 1, PRESETS["digits"], "", {part: {"w": weight} for part in checkpoint.PARTS})
+    torch.testing.assert_close(checkpoint.read(path).tensors("ema")["w"], weight, rtol=0, atol=0)
+
+
+def test_a_torn_newest_checkpoint_gives_way_to_the_one_before(tmp_path):
+    save(tmp_path, 1)
+    torn = save(tmp_path, 2) / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-5])
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert checkpoint.resolve(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "foreign"])
+@pytest.mark.parametrize("name", ["state.json", "ema.safetensors"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, name, damage):
+    file = save(tmp_path, 1) / name
+    content = {"truncated": file.read_bytes()[:40], "empty": b"", "foreign": b"[1, 2, 3]"}
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[damage])
+    with pytest.raises(InputError) as refused:
+        checkpoint.read(file.parent)
+    assert str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path("exploded").touch, ())
+
+
+@pytest.mark.parametrize("where", ["file", "inside"])
+def test_a_pickle_is_refused_and_never_loaded(tmp_path, monkeypatch, where):
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path, 1) / "model.safetensors" if where == "inside" else tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(InputError, match="pickle"):
+        checkpoint.resolve(path if where == "file" else path.parent)
+    assert not Path("exploded").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    write = checkpoint.write_synced
+
+    def fill_up(path: Path, data: bytes) -> None:
+        if path.name == "optimizer.safetensors":
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_synced", fill_up)
+    with pytest.raises(InputError, match="No space left on device"):
+        save(tmp_path, 2)
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-0000001"]
+
+
+@pytest.mark.parametrize("name", ["nowhere", ""])
+def test_a_run_without_checkpoints_is_one_line(tmp_path, name):
+    with pytest.raises(InputError, match=r"does not exist|holds no checkpoint"):
+        checkpoint.resolve(tmp_path / name)
+
+
+def test_safetensors_hold_no_metadata_and_state_no_time(tmp_path):
+    path = save(tmp_path, 3)
+    header = (path / "model.safetensors").read_bytes()
+    assert b"__metadata__" not in header
+    assert set(json.loads((path / "state.json").read_text())) == {"format", "step", "fingerprint", "config"}
