@@ -28,9 +28,9 @@ def device_name(device: torch.device) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def folder_name(device: torch.device) -> str:
-    """Return a device's folder in `profiles/`: its name in lower case with dashes, a CPU's marked as such."""
-    name = device_name(device) if device.type == "cuda" else f"cpu {device_name(device)}"
+def folder_name(facts: dict[str, Any]) -> str:
+    """Return a machine's folder in `profiles/`: its device in lower case with dashes, a CPU's marked as such."""
+    name = facts["device"] if facts["type"] == "cuda" else f"cpu {facts['device']}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
