@@ -29,7 +29,7 @@ from bench.child import ChildDiedError, Worker
 from bench.engine import CONFIGURATIONS, default_variant
 from bench.machine import commit, folder_name
 from bench.page import write_page
-from bench.peers import importable
+from bench.peers import MODULES, importable
 from bench.plan import plan
 from bench.plots import draw_plots
 from bench.sizes import SIZES, Sizes
@@ -78,13 +78,28 @@ def new_report(first_word: Report, top: Report) -> Report:
     }
 
 
+def identity(report: Report) -> Report:
+    """Return what figures in one report must have in common; on a GPU they hardly depend on the host."""
+    machine = report["machine"]
+    compared = ["device", "type", "memory_gb", "cuda"] if machine["type"] == "cuda" else ["device", "host", "cores"]
+    found = {key: machine.get(key) for key in compared} | {key: report.get(key) for key in ("dtype", "sources")}
+    return found | {name: machine["versions"][name] for name in ("torch", "triton")} | report.get("headline", {})
+
+
 def open_report(folder: Path, report: Report) -> Report:
     """Take over what the folder's report has measured, but for failures; nothing of other machines or sources."""
     path = folder / "report.json"
-    if path.exists():
-        old = json.loads(path.read_text())
-        if all(old.get(key) == report[key] for key in ("machine", "dtype", "sources", "headline")):
-            report["measurements"] = {k: v for k, v in old["measurements"].items() if "failed" not in v}
+    if not path.exists():
+        return report
+    old = json.loads(path.read_text())
+    if identity(old) != identity(report):
+        print(f"{path} is of another machine or other sources: starting anew", flush=True)
+        return report
+    report["measurements"] = {k: v for k, v in old["measurements"].items() if "failed" not in v}
+    versions = report["machine"]["versions"]
+    for name in MODULES:  # a peer that was there the last time need not be there now
+        if versions[name] == "not installed":
+            versions[name] = old["machine"]["versions"][name]
     return report
 
 
