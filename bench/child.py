@@ -1,8 +1,9 @@
 """Measuring in processes of their own, which may die: a failed capture or an illegal address spoils a process for good.
 
-    python -m bench.child DEVICE SIZES [PACKAGE ...]
+    python -m bench.child DEVICE SIZES
 
-says first what machine it is on, then reads the name of a measurement a line and answers with its rows; both are JSON.
+says first what machine it is on, then reads questions, which name a measurement each, and answers with its rows: JSON, a
+line each.
 """
 
 import contextlib
@@ -53,18 +54,19 @@ def answer(bench: Workbench, measurement: Measurement) -> Answer:
         return {"failed": one_line(error)}
 
 
-def main(kind: str, sizes: str, packages: list[str]) -> None:
+def main(kind: str, sizes: str) -> None:
     """Answer until nobody asks any more."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     bench = Workbench.at(torch.device(kind), SIZES[sizes])
     torch.manual_seed(0)
-    planned = {one.name: one for one in plan(kind, bench.sizes, packages)}
     print(json.dumps(first_word(bench)), file=answers)
+    planned: dict[str, Measurement] = {}
     for line in sys.stdin:
-        asked = json.loads(line)
-        bench.ceilings = Ceilings(**asked["ceilings"]) if asked["ceilings"] else None
-        print(json.dumps(answer(bench, planned[asked["name"]])), file=answers)
+        question = json.loads(line)
+        bench.ceilings = Ceilings(**question["ceilings"]) if question["ceilings"] else None
+        planned = planned or {one.name: one for one in plan(kind, bench.sizes, question["packages"])}
+        print(json.dumps(answer(bench, planned[question["name"]])), file=answers)
 
 
 class Child:
@@ -84,7 +86,7 @@ class Child:
         )  # fmt: skip
         self.first_word = self._hear(START_SECONDS)
 
-    def ask(self, name: str, ceilings: Ceilings | None, seconds: float) -> Answer:
+    def ask(self, question: dict[str, Any], seconds: float) -> Answer:
         """Have a measurement made.
 
         Raises:
@@ -92,7 +94,6 @@ class Child:
         """
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died: what follows finds out
-            question = {"name": name, "ceilings": asdict(ceilings) if ceilings else None}
             print(json.dumps(question), file=self.process.stdin, flush=True)
         return self._hear(seconds)
 
@@ -107,7 +108,8 @@ class Child:
                 self.process.wait(STOP_SECONDS)  # to learn how it ended
             self.kill()
             code = self.process.returncode
-            raise ChildDiedError(f"the process {f'exited with {code}' if code >= 0 else signal.Signals(-code).name}")
+            how = f"exited with {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+            raise ChildDiedError(f"the process {how}")
         return json.loads(line)
 
     def stop(self) -> None:
@@ -131,6 +133,7 @@ class Worker:
 
     def __init__(self, arguments: list[str]) -> None:
         self.arguments = arguments
+        self.packages: list[str] = []  # of the peers, those that can be imported
         self.child: Child | None = None
         self.group: str | None = None
 
@@ -144,9 +147,11 @@ class Worker:
         if self.group not in (None, measurement.group):
             self.close()
         self.group = measurement.group
+        question = {"name": measurement.name, "packages": self.packages}
+        question["ceilings"] = asdict(ceilings) if ceilings else None
         try:
             self.child = self.child or Child(self.arguments)
-            found = self.child.ask(measurement.name, ceilings, seconds)
+            found = self.child.ask(question, seconds)
         except ChildDiedError as error:
             found = {"failed": str(error)}
         if "failed" in found and self.child is not None:
@@ -162,4 +167,4 @@ class Worker:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], sys.argv[2])

@@ -3,7 +3,8 @@
 Shapes: N images, K steps.
 """
 
-import importlib
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,16 +106,22 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-def importable() -> list[str]:
-    """Return which packages of `MODULES` can be imported, tried in earnest: being installed is not enough."""
-    found = []
-    for package, module in MODULES.items():
-        try:
-            importlib.import_module(module)
-        except Exception:  # whatever is wrong with a package or with what it needs
-            continue
-        found.append(package)
-    return found
+def importable() -> Callable[[], list[str]]:
+    """Begin to import the packages of `MODULES`; return what waits for it and tells which can be imported.
+
+    It is tried in earnest, since being installed is not enough, and in processes of their own, one a package: some take
+    a while, and one built for another PyTorch may take its process down.
+    """
+    command = [sys.executable, "-c", "import importlib, sys; importlib.import_module(sys.argv[1])"]
+    trials = {
+        package: subprocess.Popen([*command, module], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for package, module in MODULES.items()
+    }
+
+    def wait() -> list[str]:
+        return [package for package, trial in trials.items() if trial.wait() == 0]
+
+    return wait
 
 
 def compare(

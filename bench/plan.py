@@ -25,6 +25,8 @@ GRAPH_STEPS = (1, 100)
 """Steps in one captured graph, beside the engine's own choice."""
 HEAVIEST_OPS = 6
 """Ops that are measured before other ops: those that move the most bytes."""
+HEADLINES = 2
+"""Comparisons with tuned peers that do not wait for the end: the large batch's sampling, and training."""
 PEER_SLOWNESS = 4.0
 """How many times the engine's arithmetic takes in an eager float32 peer on a GPU."""
 PEER_COMPILE_SECONDS = {"cuda": 150.0, "cpu": 60.0}
@@ -207,4 +209,6 @@ def plan(kind: str, sizes: Sizes, packages: Collection[str] = tuple(MODULES)) ->
     last = [*_first_steps(sizes, default), *_scaling(sizes, default), *ops[HEAVIEST_OPS:]]
     tuned = _all_peers(device, sizes, packages, compiles=True)
     # On a CPU compiling pays for nobody: it comes last.
-    return [*first, *then, *tuned, *compared, *last] if on_gpu else [*first, *then, *last, *compared, *tuned]
+    if not on_gpu:
+        return [*first, *then, *last, *compared, *tuned]
+    return [*first, *then, *tuned[:HEADLINES], *compared, *last, *tuned[HEADLINES:]]

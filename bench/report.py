@@ -139,7 +139,10 @@ def measure_all(
             known = report["measurements"][measurement.name] = take(measurement, estimated, costs, budget, worker)
             failed = known.get("failed")
             costs.made(measurement, failed=failed is not None)
-            if failed is None:
+            if failed and budget.left() <= 0:  # cut off, which is nobody's failure
+                del report["measurements"][measurement.name]
+                report["left_out"].append({"name": measurement.name, "estimated_seconds": math.ceil(estimated)})
+            elif failed is None:
                 estimated_so_far += estimated
                 took_so_far += known["took_seconds"]
             print(f"{measurement.name}: {failed or 'measured'}, {known['took_seconds']} s", flush=True)
@@ -198,8 +201,42 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--sizes", choices=SIZES, help="what is measured (default: the device's); tiny is a trial")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan with its estimates, and measure nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, without what --out holds, and stop")
     return parser.parse_args(arguments)
+
+
+def choose(planned: list[Measurement], only: list[str]) -> list[Measurement]:
+    """Return the measurements whose names begin as asked for, with the ceilings that they are held against."""
+    return [one for one in planned if one.name.startswith(("ceilings", *only))] if only else planned
+
+
+def dry_run(options: argparse.Namespace, planned: list[Measurement], costs: Costs, seconds: float) -> None:
+    """Print the plan without what the folder of the report holds."""
+    path = options.out / "report.json" if options.out else None
+    if path and path.exists():
+        measured = json.loads(path.read_text())["measurements"]
+        planned = [one for one in planned if "rows" not in measured.get(one.name, ())]
+    print_plan(planned, costs, seconds)
+
+
+def measure(options: argparse.Namespace, kind: str, costs: Costs, budget: Budget) -> tuple[Path, Report]:
+    """Measure what fits; return the folder and its report.
+
+    Raises:
+        ChildDiedError: no measuring process starts.
+    """
+    worker, packages = Worker([kind, options.sizes or kind]), importable()
+    try:
+        report = new_report(worker.first_word(), headline(kind, costs.sizes))  # while packages are tried
+        worker.packages = packages()
+        planned = choose(plan(kind, costs.sizes, worker.packages), options.only)
+        folder = options.out or Path("profiles") / folder_name(report["machine"])
+        folder.mkdir(parents=True, exist_ok=True)
+        report = open_report(folder, report)
+        measure_all(folder, report, planned, costs, budget, worker)
+    finally:
+        worker.close()
+    return folder, report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -207,29 +244,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     budget = Budget(options.minutes * 60 - PAGE_SECONDS)
     kind = choose_device(options.device).type
-    sizes, packages = SIZES[options.sizes or kind], importable()
-    planned = plan(kind, sizes, packages)
-    if options.only:
-        starts = ("ceilings", *options.only)
-        planned = [one for one in planned if one.name.startswith(starts)]
+    sizes = SIZES[options.sizes or kind]
     costs = Costs(kind, sizes)
     if options.dry_run:
-        print_plan(planned, costs, budget.seconds)
+        dry_run(options, choose(plan(kind, sizes, importable()()), options.only), costs, budget.seconds)
         return 0
     if kind == "cuda" and not torch.cuda.is_available():
         print("--device cuda: there is no NVIDIA GPU here; --device cpu measures the CPU", file=sys.stderr)
         return 2
-    worker = Worker([kind, options.sizes or kind, *packages])
     try:
-        report = new_report(worker.first_word(), headline(kind, sizes))
-        folder = options.out or Path("profiles") / folder_name(report["machine"])
-        folder.mkdir(parents=True, exist_ok=True)
-        measure_all(folder, open_report(folder, report), planned, costs, budget, worker)
+        folder, report = measure(options, kind, costs, budget)
     except ChildDiedError as error:
         print(f"nothing can be measured here: {error}", file=sys.stderr)
         return 2
-    finally:
-        worker.close()
     draw_plots(folder, report)
     write_page(folder, report)
     failed = failures(report)

@@ -42,7 +42,7 @@ def test_a_process_measures_dies_and_is_followed_by_a_new_one():
 
     os.kill(first, signal.SIGKILL)
     died = worker.measure(entry("ops/q_sample"), None, 60)
-    assert died == {"failed": "the process SIGKILL"}
+    assert died == {"failed": "the process was ended by SIGKILL"}
     again = worker.measure(entry("ops/reverse_step"), None, 60)
     assert again["rows"][0]["op"] == "reverse_step"
     assert worker.child.process.pid != first
@@ -60,10 +60,10 @@ class StandIn:
         StandIn.made += 1
         self.killed = self.stopped = False
 
-    def ask(self, name: str, ceilings: object, seconds: float) -> child.Answer:
-        if name == "dies":
+    def ask(self, question: dict[str, object], seconds: float) -> child.Answer:
+        if question["name"] == "dies":
             raise ChildDiedError("the process SIGSEGV")
-        return {"failed": "RuntimeError: no"} if name == "fails" else {"rows": []}
+        return {"failed": "RuntimeError: no"} if question["name"] == "fails" else {"rows": []}
 
     def stop(self) -> None:
         self.stopped = True
@@ -89,7 +89,7 @@ def test_a_process_that_hangs_is_ended_with_what_it_started(monkeypatch, tmp_pat
     hanging = Child([])
     start = time.monotonic()
     with pytest.raises(ChildDiedError, match="no answer within 0 s"):
-        hanging.ask("anything", None, 0.2)
+        hanging.ask({}, 0.2)
     assert time.monotonic() - start < 10
     deadline = time.monotonic() + 10
     while alive(int(note.read_text())) and time.monotonic() < deadline:

@@ -1,5 +1,6 @@
 """What a visit measures first, what it is estimated to cost, and what nine minutes hold."""
 
+import json
 from functools import cache, partial
 
 import pytest
@@ -59,6 +60,8 @@ def test_after_that_come_peers_then_ops_then_everything_else():
         "training/cifar10-batch128/captured-kernels-cudnn-benchmark",
     ]
     assert [name.startswith("ops/group_norm-") for name in after_peers[2:9]] == [True] * 6 + [False]
+    assert [name.startswith("peers-compiled/") for name in after_peers[8:11]] == [True, True, False]
+    assert names()[-1].startswith("peers-compiled/")
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
@@ -91,9 +94,12 @@ def test_peers_that_cannot_be_imported_are_not_planned(kind):
     assert any(name.startswith("peers-compiled/") for name in names(kind, ("diffusers",)))
 
 
-def test_importing_is_tried_in_earnest(monkeypatch):
-    monkeypatch.setattr(peers, "MODULES", {"json": "json", "absent": "no_such_module_at_all"})
-    assert peers.importable() == ["json"]
+def test_importing_is_tried_in_earnest(monkeypatch, tmp_path):
+    (tmp_path / "kills_its_process.py").write_text("import os; os.abort()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    tried = {"there": "json", "absent": "no_such_module_at_all", "broken": "kills_its_process"}
+    monkeypatch.setattr(peers, "MODULES", tried)
+    assert peers.importable()() == ["there"]
 
 
 def test_launches_are_charged_to_what_is_launched():
@@ -137,7 +143,7 @@ def test_a_dry_run_for_a_gpu_touches_none(monkeypatch, capsys):
         raise AssertionError("CUDA was initialised")
 
     monkeypatch.setattr(torch.cuda, "_lazy_init", touched)
-    monkeypatch.setattr(report, "importable", lambda: ["diffusers"])
+    monkeypatch.setattr(report, "importable", lambda: lambda: ["diffusers"])
     assert report.main(["--dry-run", "--device", "cuda", "--minutes", "9"]) == 0
     first, head, *lines = capsys.readouterr().out.splitlines()
     assert "530 s to measure in; guessed, not measured" in first
@@ -146,6 +152,15 @@ def test_a_dry_run_for_a_gpu_touches_none(monkeypatch, capsys):
     assert [line.split()[2] for line in lines[: len(FIRST)]] == FIRST
     assert not any("does not fit" in line for line in lines[: len(FIRST)])
     assert any("does not fit" in line for line in lines)
+
+
+def test_a_dry_run_leaves_out_what_the_folder_holds(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(report, "importable", lambda: list)
+    measured = {"ceilings": {"rows": []}, FIRST[1]: {"failed": "RuntimeError: no"}, FIRST[2]: {"rows": []}}
+    (tmp_path / "report.json").write_text(json.dumps({"measurements": measured}))
+    assert report.main(["--dry-run", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[2] for line in lines[:2]] == [FIRST[1], FIRST[3]]
 
 
 def test_all_kinds_of_device_measure_known_configurations():

@@ -26,6 +26,7 @@ class Here:
 
     def __init__(self, arguments: list[str]) -> None:
         self.bench = Workbench.at(CPU, TINY)
+        self.packages: list[str] = []
 
     def first_word(self) -> child.Answer:
         return child.first_word(self.bench)
@@ -42,6 +43,7 @@ class Here:
 def within_seconds(monkeypatch):
     """Measure in this process, compile nothing (a minute each on a CPU), and start no process for the first step."""
     monkeypatch.setattr(report, "Worker", Here)
+    monkeypatch.setattr(report, "importable", lambda: lambda: ["diffusers"])
     monkeypatch.setattr(
         report, "plan", lambda *arguments: [one for one in plan(*arguments) if "compiled" not in one.name]
     )
@@ -154,6 +156,20 @@ def test_a_measurement_is_given_thrice_its_estimate_and_a_minute_within_the_budg
     for budget in (1000.0, 30.0):
         report.take(entry("one", 1.0), 10.0, Costs("cpu", TINY), Budget(budget), Here([]))  # pyright: ignore[reportArgumentType]
     assert given == pytest.approx([90, 30], abs=0.1)
+
+
+def test_what_the_budgets_end_cuts_off_is_left_out_and_has_not_failed(tmp_path, monkeypatch):
+    budget = Budget(60.0)
+
+    def cut_off(*_: Any) -> dict[str, Any]:
+        monkeypatch.setattr(budget, "seconds", 0.0)
+        return {"group": "ops", "load": 1, "failed": "no answer within 9 s", "took_seconds": 9.0}
+
+    monkeypatch.setattr(report, "take", cut_off)
+    written = blank()
+    report.measure_all(tmp_path, written, [entry("long", 1.0)], Costs("cpu", TINY), budget, Here([]))  # pyright: ignore[reportArgumentType]
+    assert written["measurements"] == {}
+    assert [one["name"] for one in written["left_out"]] == ["long"]
 
 
 def test_a_failure_is_an_entry_and_is_tried_again(tmp_path):
