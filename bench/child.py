@@ -2,8 +2,8 @@
 
     python -m bench.child DEVICE SIZES
 
-says first what machine it is on, then reads questions, which name a measurement each, and answers with its rows: JSON, a
-line each.
+says first what machine it is on, then reads questions, which name a measurement each, and answers with its rows. All of
+these are lines of JSON.
 """
 
 import contextlib

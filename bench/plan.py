@@ -165,6 +165,46 @@ def _scaling(sizes: Sizes, default: Variant) -> Iterator[Measurement]:
         )
 
 
+def _first_figures(device: torch.device, sizes: Sizes) -> list[Measurement]:
+    """Return what nine minutes must hold: is it right, how fast are sampling and training, where does the time go."""
+    default, loops, trained = default_variant(device), sizes.report_sampling, sizes.report_training
+    reference = _captured_references(device)
+    return [
+        Measurement("ceilings", "ceilings", lambda costs: 2 + costs.sizes.seconds, measurements.ceilings),
+        _agreement(sizes.varied, default),
+        *(_loop(size, default) for size in loops),
+        *(_loop(loops[0], variant) for variant in reference),
+        *(_training(size, default) for size in trained),
+        *(_training(trained[0], variant) for variant in reference),
+        _parts(Training(*loops[0][:2]), min(loops[0].steps, 2 * default.graph_steps), default),
+        _parts(trained[0], 0, default),
+    ]
+
+
+def _captured_references(device: torch.device) -> list[Variant]:
+    """Return what is as fast as it gets without kernels; a CPU captures nothing."""
+    return [variant for variant in variants(device) if variant.mode == "captured" and not variant.kernels]
+
+
+def _cudnn_benchmark(default: Variant, sizes: Sizes) -> list[Measurement]:
+    timed = replace(default, cudnn_benchmark=True)
+    return [_loop(sizes.report_sampling[0], timed), _training(sizes.report_training[0], timed)]
+
+
+def _alternatives(device: torch.device, sizes: Sizes) -> list[Measurement]:
+    """Return the other ways to run a loop and a training step, and the networks that matter less."""
+    default, varied = default_variant(device), sizes.varied
+    graphs = [replace(default, graph_steps=steps) for steps in GRAPH_STEPS if default.mode == "captured"]
+    launched = [variant for variant in variants(device) if variant.mode != "captured" and variant != default]
+    return [
+        *(_loop(varied, variant) for variant in graphs),
+        *(_loop(size, variant) for variant in _captured_references(device) for size in sizes.report_sampling[1:]),
+        *(_loop(varied._replace(steps=min(varied.steps, EAGER_STEPS)), variant) for variant in launched),
+        *(_training(sizes.report_training[0], variant) for variant in launched),
+        *(_training(size, default) for size in sizes.more_training),
+    ]
+
+
 def plan(kind: str, sizes: Sizes, packages: Collection[str] = tuple(MODULES)) -> list[Measurement]:
     """Return all measurements, the most important first.
 
@@ -174,41 +214,12 @@ def plan(kind: str, sizes: Sizes, packages: Collection[str] = tuple(MODULES)) ->
         packages: of the peers, those that can be imported.
     """
     device = torch.device(kind)
-    default, on_gpu = default_variant(device), kind == "cuda"
-    others = [variant for variant in variants(device) if variant != default]
-    reference = [variant for variant in others if variant.mode == "captured"]  # as fast as it gets without kernels
-    launched = [variant for variant in others if variant.mode != "captured"]
-    benchmarked = [replace(default, cudnn_benchmark=True)] if on_gpu else []
-    graphs = [replace(default, graph_steps=steps) for steps in GRAPH_STEPS] if on_gpu else []
-    loops, trained, varied = sizes.report_sampling, sizes.report_training, sizes.varied
-    parts_of = loops[0]
+    default = default_variant(device)
     ops = _ops(device, sizes.ops, sizes.norms)
-    first = [
-        Measurement("ceilings", "ceilings", lambda costs: 2 + costs.sizes.seconds, measurements.ceilings),
-        _agreement(varied, default),
-        *(_loop(size, default) for size in loops),
-        *(_loop(loops[0], variant) for variant in reference),
-        *(_training(size, default) for size in trained),
-        *(_training(trained[0], variant) for variant in reference),
-        _parts(Training(*parts_of[:2]), min(parts_of.steps, 2 * default.graph_steps), default),
-        _parts(trained[0], 0, default),
-    ]
-    then = [
-        *_all_peers(device, sizes, packages, compiles=False),
-        *(_loop(loops[0], variant) for variant in benchmarked),
-        *(_training(trained[0], variant) for variant in benchmarked),
-        *ops[:HEAVIEST_OPS],
-    ]
-    compared = [
-        *(_loop(varied, variant) for variant in graphs),
-        *(_loop(size, variant) for variant in reference for size in loops[1:]),
-        *(_loop(varied._replace(steps=min(varied.steps, EAGER_STEPS)), variant) for variant in launched),
-        *(_training(trained[0], variant) for variant in launched),
-        *(_training(size, default) for size in sizes.more_training),
-    ]
+    shipped, tuned = (_all_peers(device, sizes, packages, compiles) for compiles in (False, True))
+    first, alternatives = _first_figures(device, sizes), _alternatives(device, sizes)
     last = [*_first_steps(sizes, default), *_scaling(sizes, default), *ops[HEAVIEST_OPS:]]
-    tuned = _all_peers(device, sizes, packages, compiles=True)
-    # On a CPU compiling pays for nobody: it comes last.
-    if not on_gpu:
-        return [*first, *then, *last, *compared, *tuned]
-    return [*first, *then, *tuned[:HEADLINES], *compared, *last, *tuned[HEADLINES:]]
+    if kind == "cpu":  # where compiling takes a minute each and pays for nobody
+        return [*first, *shipped, *ops[:HEAVIEST_OPS], *last, *alternatives, *tuned]
+    heaviest = [*_cudnn_benchmark(default, sizes), *ops[:HEAVIEST_OPS]]
+    return [*first, *shipped, *heaviest, *tuned[:HEADLINES], *alternatives, *last, *tuned[HEADLINES:]]
