@@ -11,7 +11,7 @@ from bench.energy import EnergyMeter, energy_meter
 from bench.engine import Scenario, Variant, default_variant, loop_dtype, variants
 from bench.figures import Ceilings, copy_rate, matrix_rate, rates, scenario_figures
 from bench.machine import commit, machine
-from bench.measurements import WARM_UP
+from bench.measurements import OP_WARM_UP, prepare
 from bench.op_work import Op, OpWork
 from bench.samples import Samples
 from bench.sizes import sizes_for
@@ -53,9 +53,8 @@ def time_scenario(benchmark: BenchmarkFixture, ceilings: Ceilings, meter: Energy
     """Time a training step or a sampling loop, given how to build it."""
 
     def run(build: Callable[[], Scenario], variant: Variant) -> None:
-        CLOCK.start_afresh()
-        scenario = build()
-        first = warm_up(scenario.work, CLOCK, WARM_UP[variant.mode])
+        prepared = prepare(build, variant, CLOCK)
+        scenario = prepared.scenario
         benchmark.pedantic(scenario.work, rounds=SIZES.rounds)
         if benchmark.stats is None:  # --benchmark-disable
             return
@@ -65,7 +64,7 @@ def time_scenario(benchmark: BenchmarkFixture, ceilings: Ceilings, meter: Energy
             scenario_figures(scenario, taken, loop_dtype(DEVICE), ceilings),
             device=machine(DEVICE)["device"],
             versions=machine(DEVICE)["versions"],
-            first_call_seconds=first,
+            first_call_seconds=prepared.first_call_seconds,
             peak_gb=(CLOCK.peak_bytes() or 0) / 1e9,
             joules_per_image=joules / scenario.images if joules is not None else meter.reason,
         )
@@ -80,7 +79,7 @@ def time_op(benchmark: BenchmarkFixture, ceilings: Ceilings) -> Callable[..., No
     def run(op_work: OpWork, form: Op) -> None:
         CLOCK.start_afresh()
         work = op_work.work(form)
-        warm_up(work, CLOCK, WARM_UP["compiled"])
+        warm_up(work, CLOCK, OP_WARM_UP)
         benchmark.pedantic(CLOCK.captured(work), rounds=10 * SIZES.rounds)
         if benchmark.stats is None:
             return

@@ -4,7 +4,8 @@ A benchmark asks for a scenario by configuration and variant. Variants that the 
 not offer are left out by `variants`. Shapes: N images, C channels, H x W pixels, K steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 from unittest import mock
@@ -20,7 +21,7 @@ from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine import sampling as engine_loop
 from ddpm_fast.engine.execution import Execution, choose_dtype, choose_kernels
 from ddpm_fast.engine.sampling import GRAPH_STEPS, Loop
-from ddpm_fast.engine.trainer import Trainer, new_unet
+from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer, new_unet
 
 CONFIGURATIONS: dict[str, Config] = {
     "digits": PRESETS["digits"],
@@ -32,6 +33,11 @@ CONFIGURATIONS: dict[str, Config] = {
     ),
     "cifar10": PRESETS["cifar10"],
     "church256": PRESETS["church256"],
+    # To try bench/ itself.
+    "tiny": Config(
+        unet=UNetConfig(1, 8, 8, 8, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=4),
+        training=TrainingConfig(batch_size=2),
+    ),
 }
 """The networks that are measured, by name."""
 
@@ -48,10 +54,13 @@ class Variant:
     """eager: from Python; compiled: by torch.compile; captured: compiled and replayed as CUDA graphs."""
     graph_steps: int = GRAPH_STEPS
     """Sampling steps in one captured graph."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN time its algorithms for each convolution, instead of choosing by rule."""
 
     def __str__(self) -> str:
         graph = f"-{self.graph_steps}-step-graph" if self.graph_steps != GRAPH_STEPS else ""
-        return f"{self.mode}-{'kernels' if self.kernels else 'reference'}{graph}"
+        benchmark = "-cudnn-benchmark" if self.cudnn_benchmark else ""
+        return f"{self.mode}-{'kernels' if self.kernels else 'reference'}{graph}{benchmark}"
 
     @property
     def execution(self) -> Execution:
@@ -69,6 +78,24 @@ def default_variant(device: torch.device) -> Variant:
     """Return what a user gets who asks for nothing: everything on a GPU, the eager reference on a CPU."""
     offered = variants(device)
     return offered[-1] if device.type == "cuda" else offered[0]
+
+
+def warm_up_calls(variant: Variant, training: bool) -> int:
+    """Return how many calls of a scenario go before timing: a loop captures itself in its first, a trainer later."""
+    if not training or variant.mode == "eager":
+        return 1
+    return WARM_UP_STEPS + 2 if variant.mode == "captured" else 3
+
+
+@contextmanager
+def _cudnn_benchmark(wanted: bool) -> Iterator[None]:
+    """Set what cuDNN chooses by only where a variant asks for it: elsewhere the engine decides."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted or before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True)
@@ -101,7 +128,12 @@ def train_step(config: Config, batch: int, variant: Variant, device: torch.devic
     """Build one optimizer step: gather, augment, noise, forward, loss, backward, clip, Adam, EMA."""
     config = with_training(config, batch_size=batch, device=device.type, kernels=variant.kernels)
     trainer = Trainer(config, synthetic_batches(config.unet, device).batch, device, variant.execution)
-    return Scenario(trainer.train_step_no_sync, batch, 1, config.unet, training=True)
+
+    def work() -> None:
+        with _cudnn_benchmark(variant.cudnn_benchmark):
+            trainer.train_step_no_sync()
+
+    return Scenario(work, batch, 1, config.unet, training=True)
 
 
 def sampling(config: Config, batch: int, steps: int, variant: Variant, device: torch.device) -> Scenario:
@@ -113,7 +145,8 @@ def sampling(config: Config, batch: int, steps: int, variant: Variant, device: t
 
     def work() -> object:
         numbers.add_(batch)
-        with mock.patch.object(engine_loop, "GRAPH_STEPS", variant.graph_steps):
+        benchmark = _cudnn_benchmark(variant.cudnn_benchmark)
+        with benchmark, mock.patch.object(engine_loop, "GRAPH_STEPS", variant.graph_steps):
             return loop.run(NoiseAddress(key, numbers))
 
     return Scenario(work, batch, steps, config.unet, training=False)

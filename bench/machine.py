@@ -1,14 +1,22 @@
-"""Which machine a figure belongs to."""
+"""Which machine a figure belongs to.
+
+    python -m bench.machine [DEVICE]
+
+prints the folder that its report lies in.
+"""
 
 import os
 import platform
 import re
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ddpm_fast.engine.execution import choose_device
 
 PACKAGES = ("torch", "triton", "diffusers", "denoising-diffusion-pytorch", "numpy")
 """Packages whose versions move the figures."""
@@ -28,9 +36,9 @@ def device_name(device: torch.device) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def folder_name(device: torch.device) -> str:
-    """Return a device's folder in `profiles/`: its name in lower case with dashes, a CPU's marked as such."""
-    name = device_name(device) if device.type == "cuda" else f"cpu {device_name(device)}"
+def folder_name(facts: dict[str, Any]) -> str:
+    """Return a machine's folder in `profiles/`: its device in lower case with dashes, a CPU's marked as such."""
+    name = facts["device"] if facts["type"] == "cuda" else f"cpu {facts['device']}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -73,3 +81,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         facts["multiprocessors"] = properties.multi_processor_count
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+if __name__ == "__main__":
+    print(Path("profiles") / folder_name(machine(choose_device(sys.argv[1] if len(sys.argv) > 1 else "auto"))))

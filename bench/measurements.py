@@ -1,131 +1,170 @@
-"""What the report measures, one function a kind of figure; each returns rows for the report's tables."""
+"""What the report measures, one function a kind of figure: each takes the workbench and returns rows of a table."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.clock import interleave, measure, warm_up
-from bench.engine import CONFIGURATIONS, Scenario, Variant, default_variant, sampling, train_step, with_image_size
+from bench.clock import Clock, interleave, measure, warm_up
+from bench.engine import (
+    CONFIGURATIONS,
+    Scenario,
+    Variant,
+    default_variant,
+    sampling,
+    train_step,
+    warm_up_calls,
+    with_image_size,
+)
 from bench.figures import Ceilings, copy_rate, matrix_rate, rates, scenario_figures
 from bench.first_step import Kind, time_first_step
-from bench.op_work import OpWork, forms
+from bench.op_work import builders, forms
 from bench.parts import time_by_part
-from bench.peers import OURS, Contender, compare
+from bench.peers import OURS, compare, contenders
 from bench.sizes import Sampling, Training
-from bench.visit import Row, Visit
-from ddpm_fast.engine.trainer import WARM_UP_STEPS
+from bench.workbench import Row, Workbench
 
-WARM_UP = {"eager": 1, "compiled": 3, "captured": WARM_UP_STEPS + 2}
-"""Calls before a scenario is timed: compiling, what capturing needs, capturing, and the first replay."""
+OP_WARM_UP = 3
+"""Calls of an op before it is timed: compiling, and what capturing needs."""
 
 
-def ceilings(visit: Visit) -> list[Row]:
-    """Measure the two ceilings and leave them with the visit."""
-    copied = copy_rate(visit.clock, visit.sizes.seconds / 2, visit.sizes.copy_megabytes)
-    multiplied = matrix_rate(visit.clock, visit.sizes.seconds / 2, visit.dtype, visit.sizes.matrix_side)
-    dtype = str(visit.dtype).removeprefix("torch.")
-    visit.ceilings = Ceilings(copied.median, multiplied.median, dtype)
-    side = visit.sizes.matrix_side
-    return [
-        {"what": f"copy of {visit.sizes.copy_megabytes} MiB", "unit": "GB/s", "rate": copied.to_json()},
+@dataclass(frozen=True)
+class Prepared:
+    """A scenario that is ready to be timed."""
+
+    scenario: Scenario
+    first_call_seconds: float
+    build_peak: int | None
+    """Bytes that building, compiling and capturing it took at the most; from here on the peak counts anew."""
+
+
+def prepare(build: Callable[[], Scenario], variant: Variant, clock: Clock) -> Prepared:
+    """Build a scenario and warm it up."""
+    clock.start_afresh()
+    scenario = build()
+    first = warm_up(scenario.work, clock, warm_up_calls(variant, scenario.training))
+    peak = clock.peak_bytes()
+    clock.return_memory()
+    clock.forget_peak()
+    return Prepared(scenario, first, peak)
+
+
+def ceilings(bench: Workbench) -> list[Row]:
+    """Measure the two ceilings and leave them with the workbench."""
+    copied = copy_rate(bench.clock, bench.sizes.seconds / 2, bench.sizes.copy_megabytes)
+    multiplied = matrix_rate(bench.clock, bench.sizes.seconds / 2, bench.dtype, bench.sizes.matrix_side)
+    dtype = str(bench.dtype).removeprefix("torch.")
+    side = bench.sizes.matrix_side
+    rows: list[Row] = [
+        {"what": f"copy of {bench.sizes.copy_megabytes} MiB", "unit": "GB/s", "rate": copied.to_json()},
         {"what": f"{dtype} matrix product, {side} cubed", "unit": "TFLOP/s", "rate": multiplied.to_json()},
     ]
-
-
-def op(visit: Visit, build: Callable[[], OpWork]) -> list[Row]:
-    """Time the forms of an op in turns."""
-    visit.clock.start_afresh()
-    on_gpu = visit.device.type == "cuda"
-    op_work = build()
-    works = {
-        name: visit.clock.captured(op_work.work(form))
-        for name, form in forms(op_work.op, kernels=on_gpu, compiled=on_gpu).items()
-    }
-    for work in works.values():
-        warm_up(work, visit.clock, WARM_UP["compiled"])
-    rows = []
-    for name, samples in interleave(works, visit.clock, visit.sizes.seconds / 10).items():
-        taken = samples.map(lambda t: t / len(op_work.sets))
-        row: Row = {"op": op_work.name, "shape": op_work.shape, "form": name, "a_step": op_work.count}
-        row |= {"seconds": taken.to_json(), "moved": op_work.moved, "operations": op_work.operations}
-        rows.append(row | rates(taken.median, 0, op_work.moved, visit.ceilings))
+    bench.ceilings = restored(rows)
     return rows
 
 
-def _scenario_row(visit: Visit, build: Callable[[], Scenario], variant: Variant) -> Row:
-    visit.clock.start_afresh()
-    scenario = build()
-    first = warm_up(scenario.work, visit.clock, WARM_UP[variant.mode])
-    taken = measure(scenario.work, visit.clock, visit.sizes.seconds)
-    peak = visit.clock.peak_bytes()
-    joules = visit.meter.joules_per_call(scenario.work, visit.clock)
-    row = scenario_figures(scenario, taken, visit.dtype, visit.ceilings)
+def op(bench: Workbench, name: str) -> list[Row]:
+    """Time the forms of an op in turns; its name is one of `op_work.builders`."""
+    bench.clock.start_afresh()
+    on_gpu = bench.device.type == "cuda"
+    size = bench.sizes.ops
+    op_work = builders(CONFIGURATIONS[size.configuration], size.batch, bench.dtype, bench.clock)[name]()
+    works = {
+        name: bench.clock.captured(op_work.work(form))
+        for name, form in forms(op_work.op, kernels=on_gpu, compiled=on_gpu).items()
+    }
+    for work in works.values():
+        warm_up(work, bench.clock, OP_WARM_UP)
+    rows = []
+    for name, samples in interleave(works, bench.clock, bench.sizes.seconds / 10).items():
+        taken = samples.map(lambda t: t / len(op_work.sets))
+        row: Row = {"op": op_work.name, "shape": op_work.shape, "form": name, "a_step": op_work.count}
+        row |= {"seconds": taken.to_json(), "moved": op_work.moved, "operations": op_work.operations}
+        rows.append(row | rates(taken.median, 0, op_work.moved, bench.ceilings))
+    return rows
+
+
+def _scenario_row(bench: Workbench, build: Callable[[], Scenario], variant: Variant) -> Row:
+    prepared = prepare(build, variant, bench.clock)
+    scenario = prepared.scenario
+    taken = measure(scenario.work, bench.clock, bench.sizes.seconds)
+    peak = bench.clock.peak_bytes()
+    joules = bench.meter.joules_per_call(scenario.work, bench.clock)
+    row = scenario_figures(scenario, taken, bench.dtype, bench.ceilings)
     row["variant"] = str(variant)
-    row["first_call_seconds"] = first
+    row["first_call_seconds"] = prepared.first_call_seconds
     row["peak_gb"] = peak / 1e9 if peak else None
+    row["build_peak_gb"] = prepared.build_peak / 1e9 if prepared.build_peak else None
     row["joules_per_image"] = joules / scenario.images if joules is not None else None
-    row["energy"] = visit.meter.reason
+    row["energy"] = bench.meter.reason
     return row
 
 
-def loop(visit: Visit, size: Sampling, variant: Variant, **labels: Any) -> list[Row]:
+def loop(bench: Workbench, size: Sampling, variant: Variant, **labels: Any) -> list[Row]:
     """Time a sampling loop."""
     config = CONFIGURATIONS[size.configuration]
-    build = partial(sampling, config, size.batch, size.steps, variant, visit.device)
-    return [{"configuration": size.configuration, **labels} | _scenario_row(visit, build, variant)]
+    build = partial(sampling, config, size.batch, size.steps, variant, bench.device)
+    return [{"configuration": size.configuration, **labels} | _scenario_row(bench, build, variant)]
 
 
-def training(visit: Visit, size: Training, variant: Variant) -> list[Row]:
+def training(bench: Workbench, size: Training, variant: Variant) -> list[Row]:
     """Time an optimizer step."""
-    build = partial(train_step, CONFIGURATIONS[size.configuration], size.batch, variant, visit.device)
-    return [{"configuration": size.configuration} | _scenario_row(visit, build, variant)]
+    build = partial(train_step, CONFIGURATIONS[size.configuration], size.batch, variant, bench.device)
+    return [{"configuration": size.configuration} | _scenario_row(bench, build, variant)]
 
 
-def image_size(visit: Visit, size: Sampling, side: int) -> list[Row]:
+def image_size(bench: Workbench, size: Sampling, side: int) -> list[Row]:
     """Time a sampling loop of the same network on images of another size."""
-    variant = default_variant(visit.device)
+    variant = default_variant(bench.device)
     config = with_image_size(CONFIGURATIONS[size.configuration], side)
-    build = partial(sampling, config, size.batch, size.steps, variant, visit.device)
+    build = partial(sampling, config, size.batch, size.steps, variant, bench.device)
     labels = {"configuration": size.configuration, "over": "image side", "value": side}
-    return [labels | _scenario_row(visit, build, variant)]
+    return [labels | _scenario_row(bench, build, variant)]
 
 
-def parts(visit: Visit, size: Training, steps: int) -> list[Row]:
+def parts(bench: Workbench, size: Training, steps: int) -> list[Row]:
     """Break a step down: an optimizer step for steps = 0, else a sampling loop of so many steps."""
-    visit.clock.start_afresh()
-    config, variant = CONFIGURATIONS[size.configuration], default_variant(visit.device)
+    config, variant = CONFIGURATIONS[size.configuration], default_variant(bench.device)
     if steps:
-        scenario = sampling(config, size.batch, steps, variant, visit.device)
+        build = partial(sampling, config, size.batch, steps, variant, bench.device)
     else:
-        scenario = train_step(config, size.batch, variant, visit.device)
-    warm_up(scenario.work, visit.clock, WARM_UP[variant.mode])
-    taken = time_by_part(scenario.work, visit.clock)
+        build = partial(train_step, config, size.batch, variant, bench.device)
+    scenario = prepare(build, variant, bench.clock).scenario
+    found = time_by_part(scenario.work, bench.clock)
     what = f"{'sampling' if steps else 'train'} step, {size.configuration}, batch {size.batch}, {variant}"
-    return [{"what": what, "parts": {name: seconds / scenario.steps for name, seconds in taken.items()}}]
+    row: Row = {"what": what, "parts": {name: part.seconds / scenario.steps for name, part in found.items()}}
+    row["heaviest"] = {
+        name: [[called, seconds / scenario.steps, runs / scenario.steps] for called, seconds, runs in part.heaviest]
+        for name, part in found.items()
+    }
+    return [row]
 
 
-def peers(visit: Visit, size: Training, steps: int, who: list[Contender]) -> list[Row]:
+def peers(bench: Workbench, size: Training, steps: int, who: list[str]) -> list[Row]:
     """Time contenders in turns: an optimizer step for steps = 0, else a sampling loop of so many steps."""
-    config, device = CONFIGURATIONS[size.configuration], visit.device
-    visit.clock.start_afresh()
+    config, device = CONFIGURATIONS[size.configuration], bench.device
+    bench.clock.start_afresh()
     builds: dict[str, Callable[[], Any]] = {}
-    for one in who:
+    chosen = [one for one in contenders(device) if one.name in who]
+    for one in chosen:
         if steps:
             builds[one.name] = partial(one.sampling, config, size.batch, steps, device)
         else:
             builds[one.name] = partial(one.train_step, config, size.batch, device)
     work = f"sampling, {steps} steps" if steps else "train step"
     what = f"{work}, {size.configuration}, batch {size.batch}"
-    described = {one.name: one.what for one in who}
-    labels = {"what": what, "ours": OURS, "images": size.batch}
-    rows = compare(builds, visit.clock, visit.sizes.seconds * len(who))
+    labels = {"what": what, "kind": "sampling" if steps else "train", "configuration": size.configuration}
+    labels |= {"ours": OURS, "images": size.batch}
+    described = {one.name: one.what for one in chosen}
+    calls = {one.name: one.warm_up_calls(training=not steps) for one in chosen}
+    rows = compare(builds, bench.clock, bench.sizes.seconds * len(chosen), calls)
     return [labels | {"runs": described[row["name"]]} | row for row in rows]
 
 
-def first(visit: Visit, kind: Kind, size: Training) -> list[Row]:
+def first(bench: Workbench, kind: Kind, size: Training) -> list[Row]:
     """Time the first step of a fresh process, cold and warm."""
-    what = f"{kind}, {size.configuration}, batch {size.batch}, {default_variant(visit.device)}"
-    visit.clock.start_afresh()
+    what = f"{kind}, {size.configuration}, batch {size.batch}, {default_variant(bench.device)}"
+    bench.clock.start_afresh()
     return [{"what": what} | time_first_step(kind, size.configuration, size.batch)]
 
 

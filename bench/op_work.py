@@ -184,16 +184,12 @@ def builders(
 ) -> dict[str, Callable[[], OpWork]]:
     """Return every op at the shapes that one step on n images has; nothing is allocated until one is built.
 
+    The norms come first, those that move the most bytes in a step before the others.
+
     Args:
         norms: only so many of the GroupNorms, those that move the most; None is all.
     """
-    found: dict[str, Callable[[], OpWork]] = {
-        "q_sample": partial(q_sample, config, n, dtype, clock),
-        "noise_mse": partial(noise_mse, config, n, dtype, clock, False),
-        "noise_mse-backward": partial(noise_mse, config, n, dtype, clock, True),
-        "timestep_embedding": partial(timestep_embedding, config, n, clock),
-        "reverse_step": partial(reverse_step, config, n, dtype, clock),
-    }
+    found: dict[str, Callable[[], OpWork]] = {}
     counted = check_kernels.norms(config.unet)
     by_bytes = sorted(counted, key=lambda norm: -counted[norm] * norm.channels * norm.height * norm.width)
     for norm in by_bytes[:norms]:
@@ -201,7 +197,13 @@ def builders(
         name += ("-shift" if norm.shift else "") + ("-silu" if norm.silu else "")
         for suffix, backward in (("", False), ("-backward", True)):
             found[name + suffix] = partial(_counted_norm, counted[norm], norm, n, dtype, clock, backward)
-    return found
+    return found | {
+        "q_sample": partial(q_sample, config, n, dtype, clock),
+        "noise_mse": partial(noise_mse, config, n, dtype, clock, False),
+        "noise_mse-backward": partial(noise_mse, config, n, dtype, clock, True),
+        "timestep_embedding": partial(timestep_embedding, config, n, clock),
+        "reverse_step": partial(reverse_step, config, n, dtype, clock),
+    }
 
 
 def _counted_norm(

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.visit import Row
+from bench import sections
+from bench.tables import duration, number, table
+from bench.workbench import Row
 
 NAME = "report.md"
 PLOTS = {
@@ -22,35 +24,6 @@ PLOTS = {
     "scaling.png": "Scaling in batch, steps and image size",
 }
 """Files that `plots` draws, with what they show."""
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in the unit that reads best, three digits."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.3g} {unit}" if seconds * scale < 1000 else f"{seconds * scale:.0f} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
-def with_spread(samples: Row, form: Callable[[float], str] = duration) -> str:
-    """Return a median with its quartiles."""
-    return f"{form(samples['median'])} ({form(samples['low'])} to {form(samples['high'])})"
-
-
-def number(value: float | None, form: str = ".3g") -> str:
-    """Return a number, or a dash where there is none."""
-    return "-" if value is None else format(value, form)
-
-
-def share(value: float | None) -> str:
-    """Return a share as a percentage."""
-    return "-" if value is None else f"{value:.0%}"
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Return the lines of a Markdown table, followed by an empty one."""
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def group(report: Row, name: str) -> list[Row]:
@@ -65,14 +38,51 @@ def _loads(report: Row) -> str:
     return f"{min(loads)} to {max(loads)}" if loads else "none yet"
 
 
+def _found(rows: list[Row], **wanted: Any) -> Row | None:
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
+def _headline(report: Row) -> list[str]:
+    """Return the three figures that a reader looks for, beside how much longer each peer takes."""
+    top = report.get("headline")
+    if top is None:
+        return []
+    ours = {"configuration": top["configuration"], "variant": top["variant"]}
+    peers = [row for row in group(report, "peers") if "times_as_long" in row and row["name"] != row["ours"]]
+    names = list(dict.fromkeys(row["name"] for row in peers))
+    body = []
+    for kind, batch in (("sampling", top["many"]), ("sampling", top["one"]), ("train", top["training"])):
+        row = _found(group(report, "training" if kind == "train" else "loops"), **ours, images=batch)
+        if row is None:
+            continue
+        step = row["seconds_per_step"]["median"]
+        if kind == "train":
+            figure = f"{number(batch / step)} images/s"
+        elif batch == top["one"]:
+            figure = f"{duration(step * top['timesteps'] / batch)} an image"
+        else:
+            figure = f"{number(batch / step / top['timesteps'])} images/s"
+        found = [
+            _found(peers, kind=kind, configuration=top["configuration"], images=batch, name=name) for name in names
+        ]
+        ratios = [f"{peer['times_as_long']['median']:.2f} times as long" if peer else "-" for peer in found]
+        body.append([f"{'training' if kind == 'train' else kind}, batch {batch}", figure, *ratios])
+    if not body:
+        return []
+    text = f"{top['configuration']}, {top['variant']}; sampling is the paper's, all {top['timesteps']} steps."
+    return [text, "", *table(["", "ddpm-fast", *names], body)]
+
+
 def _head(report: Row) -> list[str]:
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         f"# {machine['device']}",
         "",
-        f"Measured {report['date']} at commit {report['commit']}, U-Net in {report['dtype']}, "
-        f"on {machine['host']} with {machine['cores']} cores, {machine['system']}; {versions}"
+        *_headline(report),
+        f"Measured {report['date']} at commit {report['commit']} (sources {report['sources']}), "
+        f"U-Net in {report['dtype']}, on {machine['host']} with {machine['cores']} cores, {machine['system']}; "
+        + versions
         + (f"; CUDA {machine['cuda']}, {machine['memory_gb']} GB" if machine["type"] == "cuda" else "")
         + ".",
         "",
@@ -88,111 +98,6 @@ def _head(report: Row) -> list[str]:
     return lines
 
 
-def _ceilings(rows: list[Row]) -> list[str]:
-    body = [
-        [r["what"], f"{with_spread(r['rate'], lambda v: f'{v:.4g}')} {r['unit']}", str(r["rate"]["n"])] for r in rows
-    ]
-    text = "Shares below are of these. A copy counts bytes read and written; a multiply and an add are 2 FLOPs."
-    return ["## The two ceilings", "", text, "", *table(["", "median", "n"], body)]
-
-
-def _scenarios(title: str, rows: list[Row], what: str) -> list[str]:
-    head = ["network", "batch", "steps", "variant", what, "n", "images/s", "TFLOP/s", "of the matrix rate"]
-    head += ["peak memory", "J an image", "first call"]
-    body = [
-        [
-            r["configuration"],
-            str(r["images"]),
-            str(r["steps"]),
-            r["variant"],
-            with_spread(r["seconds_per_step"]),
-            str(r["seconds"]["n"]),
-            number(r["images_per_s"]),
-            number(r["tflop_per_s"]),
-            share(r.get("share_of_matrix_rate")),
-            f"{number(r['peak_gb'])} GB",
-            number(r["joules_per_image"]),
-            duration(r["first_call_seconds"]),
-        ]
-        for r in rows
-    ]
-    reason = next((r["energy"] for r in rows if r["energy"]), "")
-    notes = [f"Energy is not measured: {reason}.", ""] if reason else []
-    return [f"## {title}", "", *table(head, body), *notes]
-
-
-def _ops(rows: list[Row]) -> list[str]:
-    reference = {(r["op"], r["shape"]): r["seconds"]["median"] for r in rows if r["form"] == "reference"}
-    head = ["op", "shape", "times a step", "form", "one call", "n", "GB/s", "of the copy rate", "against the reference"]
-    body = []
-    for r in rows:
-        base = reference.get((r["op"], r["shape"]))
-        faster = "-" if base is None or r["form"] == "reference" else f"{base / r['seconds']['median']:.2f}x as fast"
-        timed = [with_spread(r["seconds"]), str(r["seconds"]["n"]), number(r["gb_per_s"])]
-        timed += [share(r.get("share_of_copy_rate")), faster]
-        body.append([r["op"], r["shape"], str(r["a_step"]), r["form"], *timed])
-    text = "GB/s count the least that an op must move: each input read once, each output written once."
-    return ["## Ops at the U-Net's shapes", "", text, "", *table(head, body)]
-
-
-def _parts(rows: list[Row]) -> list[str]:
-    lines = ["## Where the time of a step goes", ""]
-    for r in rows:
-        total = sum(r["parts"].values())
-        body = [[part, duration(seconds), share(seconds / total)] for part, seconds in r["parts"].items()]
-        lines += [f"{r['what']}: {duration(total)}", "", *table(["part", "time", "share"], body)]
-    return lines
-
-
-def _peers(rows: list[Row]) -> list[str]:
-    text = (
-        "Timed in turns, in one process, which keeps freed memory for all of them as the engine does for itself; "
-        "ratios are taken round by round."
-    )
-    lines = ["## Side by side", "", text, ""]
-    starts = [i for i, row in enumerate(rows) if row["name"] == row["ours"]]  # each comparison begins with ours
-    for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
-        body = []
-        for r in rows[start:end]:
-            if "reason" in r:
-                body.append([r["name"], r["runs"], f"did not run: {r['reason']}", "-", "-", "-"])
-                continue
-            times = with_spread(r["times_as_long"], lambda v: f"{v:.2f}")
-            speed = number(r["images"] / r["seconds"]["median"])
-            body.append([r["name"], r["runs"], with_spread(r["seconds"]), speed, times, str(r["seconds"]["n"])])
-        what = rows[start]["what"]
-        head = ["", "runs", "one call", "images/s", "times as long as ddpm-fast", "n"]
-        lines += [f"### {what[:1].upper()}{what[1:]}", "", *table(head, body)]
-    return lines
-
-
-def _first_steps(rows: list[Row]) -> list[str]:
-    text = "From starting Python to the first step's end: cold with empty compile caches, warm with what that left."
-    keys = ("cold_seconds", "warm_seconds", "cold_step_seconds", "warm_step_seconds")
-    body = [[r["what"], *(duration(r[key]) for key in keys)] for r in rows]
-    head = ["", "cold", "warm", "of it building and the step, cold", "warm"]
-    return ["## The first step", "", text, "", *table(head, body)]
-
-
-def _scaling(rows: list[Row]) -> list[str]:
-    head = ["over", "value", "network", "batch", "steps", "one step", "n", "images/s", "peak memory"]
-    body = [
-        [
-            r["over"],
-            str(r["value"]),
-            r["configuration"],
-            str(r["images"]),
-            str(r["steps"]),
-            with_spread(r["seconds_per_step"]),
-            str(r["seconds"]["n"]),
-            number(r["images_per_s"]),
-            f"{number(r['peak_gb'])} GB",
-        ]
-        for r in rows
-    ]
-    return ["## Scaling", "", *table(head, body)]
-
-
 def _missing(report: Row) -> list[str]:
     failed = [(name, entry["failed"]) for name, entry in report["measurements"].items() if "failed" in entry]
     lines = []
@@ -206,18 +111,19 @@ def _missing(report: Row) -> list[str]:
 
 def page(report: Row, plots: Iterable[str] = ()) -> str:
     """Return the page's Markdown; only sections that have rows, and the plots that exist."""
-    sections: list[tuple[str, Callable[[list[Row]], list[str]]]] = [
-        ("ceilings", _ceilings),
-        ("peers", _peers),
-        ("loops", lambda rows: _scenarios("Sampling", rows, "one step")),
-        ("training", lambda rows: _scenarios("Training", rows, "one step")),
-        ("parts", _parts),
-        ("ops", _ops),
-        ("first step", _first_steps),
-        ("scaling", _scaling),
+    writers: list[tuple[str, Callable[[list[Row]], list[str]]]] = [
+        ("ceilings", sections.ceilings),
+        ("agreement", sections.agreement),
+        ("peers", sections.peers),
+        ("loops", lambda rows: sections.scenarios("Sampling", rows, "one step")),
+        ("training", lambda rows: sections.scenarios("Training", rows, "one step")),
+        ("parts", sections.parts),
+        ("ops", sections.ops),
+        ("first step", sections.first_steps),
+        ("scaling", sections.scaling),
     ]
     lines = _head(report)
-    for name, write in sections:
+    for name, write in writers:
         if rows := group(report, name):
             lines += write(rows)
     lines += _missing(report)

@@ -5,9 +5,10 @@ kernels that count, by their names, since the replay of a graph has no operators
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from unittest import mock
 
 from torch.autograd import DeviceType
@@ -18,6 +19,10 @@ from bench.clock import Clock, Work
 from ddpm_fast.ops import reference
 
 OUTSIDE = "outside operators and kernels"
+HEAVIEST = 4
+"""Kernels of a part that are named."""
+LONGEST = 160
+"""Characters of a kernel's name: templates make some of them pages long."""
 
 # The first pattern that a name matches decides.
 PARTS: tuple[tuple[str, str], ...] = (
@@ -76,19 +81,44 @@ def _name_on_cpu(event: FunctionEvent) -> str:
     return name
 
 
-def _by_part(events: Iterable[FunctionEvent], on_gpu: bool) -> dict[str, float]:
-    """Return the profiled seconds of each part: of kernels on a GPU, of operators on a CPU."""
-    found: dict[str, float] = defaultdict(float)
+@dataclass
+class Part:
+    """What one part of a step took, and which kernels (on a CPU: operators) took it."""
+
+    seconds: float = 0.0
+    by_name: dict[str, float] = field(default_factory=dict)
+    runs: Counter[str] = field(default_factory=Counter)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count one run of a kernel."""
+        self.seconds += seconds
+        self.by_name[name] = self.by_name.get(name, 0.0) + seconds
+        self.runs[name] += 1
+
+    @property
+    def heaviest(self) -> list[tuple[str, float, int]]:
+        """The `HEAVIEST` names with their seconds and how often they ran."""
+        names = sorted(self.by_name, key=lambda name: -self.by_name[name])[:HEAVIEST]
+        return [(name[:LONGEST], self.by_name[name], self.runs[name]) for name in names]
+
+    def scaled(self, scale: float) -> "Part":
+        """Return the part with all times multiplied."""
+        return Part(self.seconds * scale, {n: s * scale for n, s in self.by_name.items()}, self.runs)
+
+
+def _by_part(events: Iterable[FunctionEvent], on_gpu: bool) -> dict[str, Part]:
+    """Return what the parts took: of kernels on a GPU, of operators on a CPU."""
+    found: dict[str, Part] = defaultdict(Part)
     for event in events:
         if not on_gpu:
-            found[part_of(_name_on_cpu(event))] += event.self_cpu_time_total / 1e6
+            found[part_of(_name_on_cpu(event))].add(event.name, event.self_cpu_time_total / 1e6)
         elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            found[part_of(event.name)] += event.self_device_time_total / 1e6
+            found[part_of(event.name)].add(event.name, event.self_device_time_total / 1e6)
     return found
 
 
-def time_by_part(work: Work, clock: Clock) -> dict[str, float]:
-    """Return the seconds that one call of warm work spends in each part, the longest first.
+def time_by_part(work: Work, clock: Clock) -> dict[str, Part]:
+    """Return what each part of one call of warm work takes, the longest first.
 
     What no operator (on a CPU) and no kernel (on a GPU) accounts for is `OUTSIDE`: Python, launches and waiting.
     """
@@ -97,10 +127,9 @@ def time_by_part(work: Work, clock: Clock) -> dict[str, float]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with _labelled_ops(), profile(activities=activities, acc_events=True) as profiled:
         profiled_elapsed = clock.seconds(work)
-    found = _by_part(profiled.events() or (), on_gpu)
     # A GPU's kernels run as fast as without the profiler. A CPU's operators are slowed down about alike: their shares
     # hold, and their sum is brought back.
     scale = 1.0 if on_gpu else elapsed / profiled_elapsed
-    found = {part: seconds * scale for part, seconds in found.items()}
-    found[OUTSIDE] = max(0.0, elapsed - sum(found.values()))
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    found = {name: part.scaled(scale) for name, part in _by_part(profiled.events() or (), on_gpu).items()}
+    found[OUTSIDE] = Part(max(0.0, elapsed - sum(part.seconds for part in found.values())))
+    return dict(sorted(found.items(), key=lambda item: -item[1].seconds))

@@ -3,6 +3,8 @@
 Shapes: N images, K steps.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +13,17 @@ import torch
 
 from bench import peer_diffusers, peer_lucidrains
 from bench.clock import Clock, Work, interleave, warm_up
-from bench.engine import Variant, default_variant, sampling, train_step
+from bench.engine import Variant, default_variant, sampling, train_step, warm_up_calls
 from bench.peer_diffusers import Tuning
 from bench.samples import ratio
 from ddpm_fast.config import Config
-from ddpm_fast.engine.trainer import WARM_UP_STEPS
 
 OURS = "ddpm-fast"
-WARM_UP = {"cpu": 1, "cuda": WARM_UP_STEPS + 2}
-"""Calls before the first round: on a GPU some compile and capture."""
+MODULES = {
+    "diffusers": "diffusers.pipelines.ddpm.pipeline_ddpm",
+    "denoising-diffusion-pytorch": "denoising_diffusion_pytorch",
+}
+"""The packages of the peers, with a module of each that imports what is used of it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,16 @@ class Contender:
     """(configuration, N, K, device) -> one batch from noise in K steps."""
     compiles: bool = False
     """Whether its first call takes minutes."""
+    package: str = ""
+    """Of `MODULES`, which it needs. Empty: it is the engine."""
+    variant: Variant | None = None
+    """How the engine runs. None: it is a peer."""
+
+    def warm_up_calls(self, training: bool) -> int:
+        """Return how many calls go before the first round."""
+        if self.variant is not None:
+            return warm_up_calls(self.variant, training)
+        return 4 if self.compiles else 1  # PyTorch's own graphs are recorded in the second call and replayed from then
 
 
 def _diffusers(name: str, what: str, tuning: Tuning) -> Contender:
@@ -45,6 +59,7 @@ def _diffusers(name: str, what: str, tuning: Tuning) -> Contender:
         lambda config, n, device: peer_diffusers.train_step(config, n, device, tuning),
         lambda config, n, steps, device: build(config, n, steps, device, tuning),
         compiles=bool(tuning.compile_mode),
+        package="diffusers",
     )
 
 
@@ -55,6 +70,7 @@ def _ours(name: str, what: str, variant: Variant) -> Contender:
         lambda config, n, device: train_step(config, n, variant, device).work,
         lambda config, n, steps, device: sampling(config, n, steps, variant, device).work,
         compiles=variant.mode != "eager" and name != OURS,
+        variant=variant,
     )
 
 
@@ -68,6 +84,7 @@ def contenders(device: torch.device) -> list[Contender]:
         "as shipped, around its own U-Net of the same widths, which is another network: float32, eager",
         peer_lucidrains.train_step,
         peer_lucidrains.sampling,
+        package="denoising-diffusion-pytorch",
     )
     if device.type == "cuda":
         tuning = Tuning(channels_last=True, half=True, compile_mode="max-autotune", fused=True)
@@ -89,13 +106,34 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-def compare(builds: Mapping[str, Callable[[], Work]], clock: Clock, seconds: float) -> list[dict[str, Any]]:
+def importable() -> Callable[[], list[str]]:
+    """Begin to import the packages of `MODULES`; return what waits for it and tells which can be imported.
+
+    It is tried in earnest, since being installed is not enough, and in processes of their own, one a package: some take
+    a while, and one built for another PyTorch may take its process down.
+    """
+    command = [sys.executable, "-c", "import importlib, sys; importlib.import_module(sys.argv[1])"]
+    trials = {
+        package: subprocess.Popen([*command, module], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for package, module in MODULES.items()
+    }
+
+    def wait() -> list[str]:
+        return [package for package, trial in trials.items() if trial.wait() == 0]
+
+    return wait
+
+
+def compare(
+    builds: Mapping[str, Callable[[], Work]], clock: Clock, seconds: float, calls: Mapping[str, int]
+) -> list[dict[str, Any]]:
     """Time contenders in turns.
 
     Args:
         builds: by contender's name, OURS among them; each is built and warmed up before the first round.
         clock: of their device.
         seconds: to spend on the rounds.
+        calls: of each, to warm up.
 
     Returns:
         A row a contender: seconds a call and how many times as long as OURS it took, round by round, or the reason
@@ -106,7 +144,7 @@ def compare(builds: Mapping[str, Callable[[], Work]], clock: Clock, seconds: flo
     for name, build in builds.items():
         try:
             works[name] = build()
-            rows[name]["first_call_seconds"] = warm_up(works[name], clock, WARM_UP[clock.device.type])
+            rows[name]["first_call_seconds"] = warm_up(works[name], clock, calls[name])
         except Exception as error:  # whatever a peer stumbles over is its row, not this report's end
             if name == OURS:
                 raise

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.page import group
-from bench.visit import Row
+from bench.workbench import Row
 
 OURS, THEIRS, LIMIT = "#1f5fa8", "#b0b7c3", "#c0392b"
 

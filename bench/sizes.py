@@ -52,6 +52,10 @@ class Sizes:
     report_sampling: tuple[Sampling, ...]
     """By the report, in its minutes: fewer steps where they take long, since all steps cost the same."""
     report_training: tuple[Training, ...]
+    more_training: tuple[Training, ...]
+    """When all that matters more is measured."""
+    varied: Sampling
+    """On which variants of the loop are compared: small enough that launches tell."""
     peer_training: tuple[Training, ...]
     peer_sampling: tuple[Sampling, ...]
     scaling: Scaling
@@ -67,15 +71,12 @@ GPU = Sizes(
     copy_megabytes=4096,
     matrix_side=8192,
     rounds=5,
-    report_sampling=(
-        Sampling("cifar10", 16, 1000),
-        Sampling("cifar10", 1, 1000),
-        Sampling("cifar10", 256, 100),
-        Sampling("cifar10", 1024, 20),
-    ),
-    report_training=(Training("cifar10", 128), Training("cifar10", 512), Training("digits", 64)),
+    report_sampling=(Sampling("cifar10", 256, 100), Sampling("cifar10", 16, 1000), Sampling("cifar10", 1, 1000)),
+    report_training=(Training("cifar10", 128), Training("cifar10", 512)),
+    more_training=(Training("digits", 64),),
+    varied=Sampling("cifar10", 16, 1000),
     peer_training=(Training("cifar10", 128),),
-    peer_sampling=(Sampling("cifar10", 16, 50), Sampling("cifar10", 1, 50), Sampling("cifar10", 256, 20)),
+    peer_sampling=(Sampling("cifar10", 256, 20), Sampling("cifar10", 1, 50), Sampling("cifar10", 16, 50)),
     scaling=Scaling("cifar10", 16, 100, (1, 4, 16, 64, 256, 1024), (32, 64, 128), (10, 100, 1000)),
     seconds=3.0,
 )
@@ -101,13 +102,36 @@ CPU = Sizes(
         Sampling("cifar10", 8, 2),
     ),
     report_training=(Training("digits", 64), Training("digits-16x16", 64), Training("cifar10", 8)),
+    more_training=(),
+    varied=Sampling("digits", 64, 20),
     peer_training=(Training("digits-16x16", 64), Training("digits", 64), Training("cifar10", 8)),
     peer_sampling=(Sampling("digits-16x16", 64, 5), Sampling("digits", 64, 20), Sampling("cifar10", 8, 2)),
     scaling=Scaling("digits-16x16", 4, 10, (1, 4, 16, 64), (16, 32, 64), (10, 30, 100)),
     seconds=5.0,
 )
 
+TINY = Sizes(
+    training=(),
+    sampling=(),
+    ops=Training("tiny", 2),
+    norms=1,
+    copy_megabytes=4,
+    matrix_side=64,
+    rounds=1,
+    report_sampling=(Sampling("tiny", 2, 4), Sampling("tiny", 1, 4)),
+    report_training=(Training("tiny", 2),),
+    more_training=(),
+    varied=Sampling("tiny", 2, 4),
+    peer_training=(Training("tiny", 2),),
+    peer_sampling=(Sampling("tiny", 2, 2),),
+    scaling=Scaling("tiny", 1, 2, (1, 2), (8, 16), (1, 2)),
+    seconds=0.01,
+)
+
+SIZES = {"cuda": GPU, "cpu": CPU, "tiny": TINY}
+"""By kind of device; tiny tries the report itself, in a minute or two."""
+
 
 def sizes_for(device: torch.device) -> Sizes:
     """Return what is measured on a device."""
-    return GPU if device.type == "cuda" else CPU
+    return SIZES[device.type]

@@ -1,7 +1,6 @@
 """How bench/ times: clocks, rounds in turns, medians and ratios, and what a time is divided into."""
 
 import ast
-import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,12 +152,12 @@ def test_energy_is_the_counters_difference_or_a_reason(manual, monkeypatch):
     assert none.reason == "NVML measures NVIDIA GPUs only"
 
 
-def test_a_machine_is_told_by_name_and_versions(monkeypatch):
+def test_a_machine_is_told_by_name_and_versions():
     facts = machine(CPU)
     assert facts["versions"]["torch"] == str(torch.__version__)
     assert "threads" in facts["device"]
-    monkeypatch.setattr("bench.machine.cpu_name", lambda: "A CPU (R) 9000")
-    assert folder_name(CPU) == f"cpu-a-cpu-r-9000-{torch.get_num_threads()}-threads"
+    assert folder_name(facts | {"device": "A CPU (R) 9000, 2 threads"}) == "cpu-a-cpu-r-9000-2-threads"
+    assert folder_name({"device": "NVIDIA A100 80GB", "type": "cuda"}) == "nvidia-a100-80gb"
 
 
 GPU_KERNELS = {
@@ -197,12 +196,16 @@ def test_every_kernel_of_the_engine_has_its_part():
     assert {name: parts.part_of(name) for name in jitted_kernels() if parts.part_of(name) not in engines} == {}
 
 
-def test_parts_add_up_to_the_step(monkeypatch):
+def test_parts_come_longest_first_and_name_what_took_the_time():
     x = torch.randn(64, 64)
     taken = parts.time_by_part(lambda: [x @ x for _ in range(200)], clock_for(CPU))
-    assert taken["matrix product"] > 0
-    assert parts.OUTSIDE in taken
-    assert list(taken.values()) == sorted(taken.values(), reverse=True)
+    assert taken["matrix product"].seconds > 0
+    name, seconds, runs = taken["matrix product"].heaviest[0]
+    assert (name, runs) == ("aten::mm", 200)
+    assert 0 < seconds <= taken["matrix product"].seconds
+    assert taken[parts.OUTSIDE].heaviest == []
+    seconds = [part.seconds for part in taken.values()]
+    assert seconds == sorted(seconds, reverse=True)
 
 
 def test_on_a_gpu_kernels_count_and_operators_do_not():
@@ -216,7 +219,16 @@ def test_on_a_gpu_kernels_count_and_operators_do_not():
         event("nvjet_hsh_128x256", DeviceType.CUDA, 70.0),
         event("op::reverse_step", DeviceType.CUDA, 90.0, annotation=True),
         event("reverse_step_kernel", DeviceType.CUDA, 20.0),
+        event("x" * 1000, DeviceType.CUDA, 5.0),
+        event("pytorch_flash::flash_fwd_kernel", DeviceType.CUDA, 1.0),
+        event("cudnn_generated_fort_native_sdpa_sm90", DeviceType.CUDA, 2.0),
+        event("cudnn_generated_fort_native_sdpa_sm90", DeviceType.CUDA, 3.0),
     ]
     found = parts._by_part(events, on_gpu=True)  # pyright: ignore[reportArgumentType]
-    assert found == pytest.approx({"matrix product": 70e-6, "noise and the reverse step": 20e-6})
-    assert math.isclose(sum(found.values()), 90e-6)
+    seconds = {name: part.seconds for name, part in found.items()}
+    expected = {"matrix product": 70e-6, "noise and the reverse step": 20e-6, parts.OTHER: 5e-6, "attention": 6e-6}
+    assert seconds == pytest.approx(expected)
+    sdpa, flash = found["attention"].heaviest
+    assert sdpa == ("cudnn_generated_fort_native_sdpa_sm90", pytest.approx(5e-6), 2)
+    assert flash[0] == "pytorch_flash::flash_fwd_kernel"
+    assert found[parts.OTHER].heaviest[0][0] == "x" * parts.LONGEST

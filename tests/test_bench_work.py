@@ -14,20 +14,29 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peer_diffusers, peers
 from bench.clock import clock_for
-from bench.engine import CONFIGURATIONS, Variant, default_variant, sampling, train_step, variants, with_image_size
+from bench.engine import (
+    CONFIGURATIONS,
+    Scenario,
+    Variant,
+    default_variant,
+    sampling,
+    train_step,
+    variants,
+    with_image_size,
+)
+from bench.measurements import prepare
 from bench.op_work import MOST_SETS, builders, forms
 from bench.peers import OURS, compare, contenders
 from bench.work import parameters, unet_bytes, unet_elements, unet_flop
 from ddpm_fast.checks.kernels import norms
-from ddpm_fast.config import PRESETS, Config, TrainingConfig, UNetConfig
+from ddpm_fast.config import PRESETS
+from ddpm_fast.engine.sampling import Loop
+from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.model.unet import UNet
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CIFAR = CONFIGURATIONS["cifar10"].unet
-TINY = Config(
-    unet=UNetConfig(1, 8, 8, 8, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=4),
-    training=TrainingConfig(batch_size=4),
-)
+TINY = CONFIGURATIONS["tiny"]
 
 
 def test_the_papers_unet_is_counted_as_published():
@@ -111,6 +120,36 @@ def test_scenarios_train_and_sample(variant):
     assert not torch.equal(first, second)
 
 
+def test_cudnn_chooses_by_timing_only_where_a_variant_asks_for_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Trainer, "train_step_no_sync", lambda self: seen.append(torch.backends.cudnn.benchmark))
+    monkeypatch.setattr(Loop, "run", lambda self, address: seen.append(torch.backends.cudnn.benchmark))
+    for wanted in (True, False):
+        variant = Variant(False, "eager", cudnn_benchmark=wanted)
+        train_step(TINY, 2, variant, CPU).work()
+        sampling(TINY, 2, 2, variant, CPU).work()
+    assert seen == [True, True, False, False]
+    assert not torch.backends.cudnn.benchmark
+    assert str(Variant(True, "captured", cudnn_benchmark=True)) == "captured-kernels-cudnn-benchmark"
+
+
+def test_memory_is_told_apart_for_building_and_for_running():
+    def build() -> Scenario:
+        kept.append(torch.ones(2**24))  # 64 MiB, in use only while building
+        kept.clear()
+        return Scenario(lambda: None, 1, 1, TINY.unet, training=False)
+
+    kept: list[torch.Tensor] = []
+    clock = clock_for(CPU)
+    clock.start_afresh()
+    before = clock.peak_bytes()
+    prepared = prepare(build, Variant(False, "eager"), clock)
+    after = clock.peak_bytes()
+    assert before and after and prepared.build_peak  # noqa: PT018
+    assert prepared.build_peak - before > 50e6
+    assert after - before < 30e6
+
+
 def test_an_image_size_keeps_attention_at_its_level():
     assert with_image_size(TINY, 16).unet.attention_resolutions == (8,)
 
@@ -143,14 +182,15 @@ def test_a_peer_that_cannot_run_says_why_and_the_others_go_on():
         "b": lambda: breaks,
         "c": lambda: partial(sleep, 0.005),
     }
-    rows = {row["name"]: row for row in compare(builds, clock_for(CPU), seconds=0.02)}
+    calls = dict.fromkeys(builds, 1)
+    rows = {row["name"]: row for row in compare(builds, clock_for(CPU), 0.02, calls)}
     assert rows["a"]["reason"] == "ImportError: No module named 'torchvision'"
     assert rows["b"]["reason"] == "RuntimeError: out of memory"
     assert rows[OURS]["times_as_long"]["median"] == 1
     assert rows["c"]["times_as_long"]["median"] > 1
     assert rows["c"]["times_as_long"]["n"] == rows[OURS]["seconds"]["n"] >= 3
     with pytest.raises(ImportError):
-        compare({OURS: missing}, clock_for(CPU), seconds=0.02)
+        compare({OURS: missing}, clock_for(CPU), 0.02, calls)
 
 
 def test_benchmarks_run_and_say_what_a_time_means(tmp_path):

@@ -1,0 +1,35 @@
+"""The workbench: one device, what to measure on it, and the instruments to do so."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.clock import Clock, clock_for
+from bench.energy import EnergyMeter, energy_meter
+from bench.engine import loop_dtype
+from bench.figures import Ceilings
+from bench.sizes import Sizes
+from ddpm_fast.engine.execution import keep_freed_memory
+
+Row = dict[str, Any]
+"""A line of the report's tables, ready for JSON."""
+
+
+@dataclass
+class Workbench:
+    """What all measurements share."""
+
+    device: torch.device
+    sizes: Sizes
+    clock: Clock
+    meter: EnergyMeter
+    dtype: torch.dtype
+    ceilings: Ceilings | None = None
+    """None until they are measured."""
+
+    @staticmethod
+    def at(device: torch.device, sizes: Sizes) -> "Workbench":
+        """Set up on a device as the command line does."""
+        keep_freed_memory()
+        return Workbench(device, sizes, clock_for(device), energy_meter(device), loop_dtype(device))
