@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.clock import clock_for, warm_up
-from bench.energy import EnergyMeter, energy_meter
-from bench.engine import Scenario, Variant, default_variant, loop_dtype, variants
-from bench.figures import Ceilings, copy_rate, matrix_rate, rates, scenario_figures
-from bench.machine import commit, machine
-from bench.measurements import OP_WARM_UP, prepare
-from bench.op_work import Op, OpWork
-from bench.samples import Samples
-from bench.sizes import sizes_for
+from bench.report.measurements import OP_WARM_UP, prepare
+from bench.report.sizes import sizes_for
+from bench.timing.clock import clock_for, warm_up
+from bench.timing.energy import EnergyMeter, energy_meter
+from bench.timing.machine import commit, machine
+from bench.timing.samples import Samples
+from bench.work.figures import Ceilings, copy_rate, matrix_rate, rates, scenario_figures
+from bench.work.ops import Op, OpWork
+from bench.work.scenarios import Scenario, Variant, default_variant, loop_dtype, variants
 from ddpm_fast.engine.execution import choose_device, keep_freed_memory
 
 keep_freed_memory()

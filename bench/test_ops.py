@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from bench.conftest import CLOCK, DEVICE, SIZES
-from bench.engine import CONFIGURATIONS, loop_dtype
-from bench.op_work import OpWork, builders, forms
+from bench.work.ops import OpWork, builders, forms
+from bench.work.scenarios import CONFIGURATIONS, loop_dtype
 
 ON_A_GPU = DEVICE.type == "cuda"
 BUILDERS = builders(CONFIGURATIONS[SIZES.ops.configuration], SIZES.ops.batch, loop_dtype(DEVICE), CLOCK, SIZES.norms)

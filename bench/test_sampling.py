@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 
 from bench.conftest import DEVICE, SIZES, VARIANTS
-from bench.engine import CONFIGURATIONS, Variant, sampling
-from bench.sizes import Sampling
+from bench.report.sizes import Sampling
+from bench.work.scenarios import CONFIGURATIONS, Variant, sampling
 
 
 def name(size: Sampling) -> str:

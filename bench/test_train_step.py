@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 
 from bench.conftest import DEVICE, SIZES, VARIANTS
-from bench.engine import CONFIGURATIONS, Variant, train_step
-from bench.sizes import Training
+from bench.report.sizes import Training
+from bench.work.scenarios import CONFIGURATIONS, Variant, train_step
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

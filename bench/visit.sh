@@ -35,7 +35,7 @@ done
 if [ "$tests" = default ]; then # a CPU has no GPU tests
     [ "$device" = cpu ] && tests="" || tests="-m gpu -n 8"
 fi
-[ -n "$out" ] || out=$("$python" -m bench.machine "$device") || exit 2
+[ -n "$out" ] || out=$("$python" -m bench.timing.machine "$device") || exit 2
 mkdir -p "$out" && log=$out/visit.log || exit 2
 
 calculate() { awk "BEGIN { printf \"%.${2:-0}f\", $1 }"; }

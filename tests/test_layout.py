@@ -89,6 +89,19 @@ def test_rooms_re_export_nothing():
         assert path.parent.name == "ops" or path.read_text() == "", path
 
 
+BENCH = ["timing", "work", "peers", "report"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench").glob("*/*.py")), ids=lambda path: f"{path.parent.name}.{path.stem}"
+)
+def test_imports_of_bench_run_one_way(path):
+    for name in imported(path):
+        here, there = path.parent.name, name.split(".")[1] if name.startswith("bench.") else ""
+        if here in BENCH and there in BENCH:
+            assert BENCH.index(there) <= BENCH.index(here), name
+
+
 def test_only_ops_imports_kernels():
     assert [
         module_of(path) for path in ENGINE if "kernels" in map(room, own(path)) and room(module_of(path)) != "ops"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.launches import page, standin
-from bench.machine import commit
+from bench.timing.machine import commit
 
 
 class Scenario(NamedTuple):

@@ -13,10 +13,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.engine import CONFIGURATIONS, Variant, sampling, train_step
 from bench.launches.kinds import count
 from bench.launches.operators import standing_in
 from bench.launches.record import Entry, captures, note, recorded
+from bench.work.scenarios import CONFIGURATIONS, Variant, sampling, train_step
 from ddpm_fast.engine.sampling import GRAPH_STEPS, Loop
 from ddpm_fast.engine.trainer import WARM_UP_STEPS
 

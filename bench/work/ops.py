@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.clock import Clock
+from bench.timing.clock import Clock
 from ddpm_fast import ops
 from ddpm_fast.checks import kernels as check_kernels
 from ddpm_fast.config import Config

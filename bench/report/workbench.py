@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from bench.clock import Clock, clock_for
-from bench.energy import EnergyMeter, energy_meter
-from bench.engine import loop_dtype
-from bench.figures import Ceilings
-from bench.sizes import Sizes
+from bench.report.sizes import Sizes
+from bench.timing.clock import Clock, clock_for
+from bench.timing.energy import EnergyMeter, energy_meter
+from bench.work.figures import Ceilings
+from bench.work.scenarios import loop_dtype
 from ddpm_fast.engine.execution import keep_freed_memory
 
 Row = dict[str, Any]

@@ -12,8 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.page import group
-from bench.workbench import Row
+from bench.report.page import group
+from bench.report.workbench import Row
 
 OURS, THEIRS, LIMIT = "#1f5fa8", "#b0b7c3", "#c0392b"
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from bench import peer_diffusers, peer_lucidrains
-from bench.clock import Clock, Work, interleave, warm_up
-from bench.engine import Variant, default_variant, sampling, train_step, warm_up_calls
-from bench.peer_diffusers import Tuning
-from bench.samples import ratio
+from bench.peers import diffusers as peer_diffusers
+from bench.peers import lucidrains as peer_lucidrains
+from bench.peers.diffusers import Tuning
+from bench.timing.clock import Clock, Work, interleave, warm_up
+from bench.timing.samples import ratio
+from bench.work.scenarios import Variant, default_variant, sampling, train_step, warm_up_calls
 from ddpm_fast.config import Config
 
 OURS = "ddpm-fast"

@@ -11,7 +11,7 @@ from bench.launches import page, standin
 from bench.launches.__main__ import Scenario, observe
 
 REASON = standin.reason_it_cannot_run()
-COLUMNS = page.read(Path(__file__).parents[1] / "profiles" / "launches-sm90.json")
+COLUMNS = page.read(Path(__file__).parents[2] / "profiles" / "launches-sm90.json")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Which machine a figure belongs to.
 
-    python -m bench.machine [DEVICE]
+    python -m bench.timing.machine [DEVICE]
 
 prints the folder that its report lies in.
 """
@@ -57,7 +57,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """Return the commit that is measured, marked where the tree differs from it; "unknown" outside a repository."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

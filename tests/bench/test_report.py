@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import child, first_step, page, report, sections, tables
-from bench.budget import Budget, Costs, Measurement
-from bench.plan import plan
-from bench.sizes import TINY
-from bench.workbench import Workbench
+from bench.report import __main__ as report
+from bench.report import child, page, sections, tables
+from bench.report.budget import Budget, Costs, Measurement
+from bench.report.plan import plan
+from bench.report.sizes import TINY
+from bench.report.workbench import Workbench
+from bench.work import first_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TRIAL = ("--device", "cpu", "--sizes", "tiny")
 
@@ -48,7 +50,7 @@ def within_seconds(monkeypatch):
         report, "plan", lambda *arguments: [one for one in plan(*arguments) if "compiled" not in one.name]
     )
     monkeypatch.setattr(
-        "bench.measurements.time_first_step",
+        "bench.report.measurements.time_first_step",
         lambda *arguments: dict.fromkeys(
             ("cold_seconds", "warm_seconds", "cold_step_seconds", "warm_step_seconds"), 1.5
         ),
@@ -205,9 +207,9 @@ def test_no_gpu_is_told_in_one_line(capsys, monkeypatch):
 CUT_OFF = """
 import os, signal, sys
 from pathlib import Path
-from bench import report
-from bench.budget import Budget, Costs, Measurement
-from bench.sizes import TINY
+from bench.report import __main__ as report
+from bench.report.budget import Budget, Costs, Measurement
+from bench.report.sizes import TINY
 
 class Worker:
     def measure(self, measurement, ceilings, seconds):

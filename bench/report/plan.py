@@ -9,15 +9,15 @@ from functools import partial
 
 import torch
 
-from bench import measurements
-from bench.agreement import agreement
-from bench.budget import Costs, Measurement, compiled
-from bench.clock import clock_for
-from bench.engine import CONFIGURATIONS, Variant, default_variant, variants
-from bench.first_step import Kind
-from bench.op_work import builders
-from bench.peers import MODULES, Contender, contenders
-from bench.sizes import Sampling, Sizes, Training
+from bench.peers.contenders import MODULES, Contender, contenders
+from bench.report import measurements
+from bench.report.agreement import agreement
+from bench.report.budget import Costs, Measurement, compiled
+from bench.report.sizes import Sampling, Sizes, Training
+from bench.timing.clock import clock_for
+from bench.work.first_step import Kind
+from bench.work.ops import builders
+from bench.work.scenarios import CONFIGURATIONS, Variant, default_variant, variants
 
 EAGER_STEPS = 50
 """Of a sampling loop whose every step is launched from Python: enough to tell what a step costs."""

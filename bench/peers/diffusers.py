@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.clock import Work
+from bench.timing.clock import Work
 from ddpm_fast.config import Config, UNetConfig
 
 

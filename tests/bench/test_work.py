@@ -12,9 +12,14 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import peer_diffusers, peers
-from bench.clock import clock_for
-from bench.engine import (
+from bench.peers import contenders as peers
+from bench.peers import diffusers as peer_diffusers
+from bench.peers.contenders import OURS, compare, contenders
+from bench.report.measurements import prepare
+from bench.timing.clock import clock_for
+from bench.work.amounts import parameters, unet_bytes, unet_elements, unet_flop
+from bench.work.ops import MOST_SETS, builders, forms
+from bench.work.scenarios import (
     CONFIGURATIONS,
     Scenario,
     Variant,
@@ -24,10 +29,6 @@ from bench.engine import (
     variants,
     with_image_size,
 )
-from bench.measurements import prepare
-from bench.op_work import MOST_SETS, builders, forms
-from bench.peers import OURS, compare, contenders
-from bench.work import parameters, unet_bytes, unet_elements, unet_flop
 from ddpm_fast.checks.kernels import norms
 from ddpm_fast.config import PRESETS
 from ddpm_fast.engine.sampling import Loop
@@ -199,7 +200,7 @@ def test_benchmarks_run_and_say_what_a_time_means(tmp_path):
     command += [f"--benchmark-json={json_path}", f"--benchmark-storage={tmp_path}", "-p", "no:cacheprovider"]
     # pytest-benchmark measures nothing where it sees a worker of pytest-xdist, which this process may be.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     result = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=240
     )

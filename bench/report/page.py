@@ -1,6 +1,6 @@
 """The report as a page: Markdown tables from report.json.
 
-    python -m bench.page DIR
+    python -m bench.report.page DIR
 
 writes DIR's report.md and plots again from its report.json.
 """
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import sections
-from bench.tables import duration, number, table
-from bench.workbench import Row
+from bench.report import sections
+from bench.report.tables import duration, number, table
+from bench.report.workbench import Row
 
 NAME = "report.md"
 PLOTS = {
@@ -138,7 +138,7 @@ def write_page(folder: Path, report: dict[str, Any]) -> None:
 
 def main(folder: Path) -> None:
     """Write a folder's page and plots again."""
-    from bench.plots import draw_plots  # matplotlib takes a second, and a cut-off visit may have none
+    from bench.report.plots import draw_plots  # matplotlib takes a second, and a cut-off visit may have none
 
     report = json.loads((folder / "report.json").read_text())
     draw_plots(folder, report)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Takes the place of Python: plays pytest and the report as its environment says, and notes how they were called.
 PLAYER = """#!/usr/bin/env bash
@@ -14,7 +14,7 @@ echo "$*" >> "$CALLS"
 case $2 in
     pytest) sleep "${TESTS_TAKE:-0}"; echo "$TESTS_SAY"; exit "$TESTS_STATUS" ;;
     bench.report) echo "$REPORT_SAYS"; exit "$REPORT_STATUS" ;;
-    bench.machine) echo "$DEFAULT_OUT" ;;
+    bench.timing.machine) echo "$DEFAULT_OUT" ;;
 esac
 """
 

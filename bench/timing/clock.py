@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench.samples import Samples
+from bench.timing.samples import Samples
 from ddpm_fast.engine.cuda_graphs import CudaGraphs
 
 Work = Callable[[], object]

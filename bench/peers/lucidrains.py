@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.clock import Work
+from bench.timing.clock import Work
 from ddpm_fast.config import Config
 
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.engine import CONFIGURATIONS, Variant, default_variant
-from bench.sizes import Sampling
-from bench.workbench import Row, Workbench
+from bench.report.sizes import Sampling
+from bench.report.workbench import Row, Workbench
+from bench.work.scenarios import CONFIGURATIONS, Variant, default_variant
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import SamplerTable, sampler_table

@@ -1,6 +1,6 @@
 """How long a user waits for the first step: from starting Python to the first training or sampling step's end.
 
-    python -m bench.first_step train|sample CONFIGURATION BATCH
+    python -m bench.work.first_step train|sample CONFIGURATION BATCH
 
 is what is timed, twice in processes of their own: cold, with every compile cache empty, and warm, with what the first
 left behind.
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from bench.clock import clock_for
-from bench.engine import CONFIGURATIONS, default_variant, sampling, train_step
+from bench.timing.clock import clock_for
+from bench.work.scenarios import CONFIGURATIONS, default_variant, sampling, train_step
 from ddpm_fast.engine.execution import choose_device, keep_freed_memory
 
 Kind = Literal["train", "sample"]
@@ -45,8 +45,8 @@ def time_first_step(kind: Kind, configuration: str, batch: int, timeout: float =
     Raises:
         RuntimeError: the process failed; its last line says why.
     """
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "bench.first_step", kind, configuration, str(batch)]
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "bench.work.first_step", kind, configuration, str(batch)]
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as caches:
         environment = {**os.environ, **{name: f"{caches}/{name}" for name in CACHES}}

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bench.engine import Mode, Variant, warm_up_calls
-from bench.figures import Ceilings
-from bench.sizes import Sizes
-from bench.work import unet_flop
-from bench.workbench import Row, Workbench
+from bench.report.sizes import Sizes
+from bench.report.workbench import Row, Workbench
+from bench.work.amounts import unet_flop
+from bench.work.figures import Ceilings
+from bench.work.scenarios import Mode, Variant, warm_up_calls
 from ddpm_fast.config import Config
 
 GUESSED = {"cuda": Ceilings(3000.0, 700.0, "bfloat16"), "cpu": Ceilings(20.0, 0.1, "float32")}

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import clock as clocks
-from bench import parts
-from bench.clock import Clock, CudaClock, clock_for, interleave, measure, warm_up
-from bench.energy import EnergyMeter, energy_meter
-from bench.figures import Ceilings, copy_rate, matrix_rate, rates
-from bench.machine import folder_name, machine
-from bench.samples import Samples, ratio
+from bench.timing import clock as clocks
+from bench.timing.clock import Clock, CudaClock, clock_for, interleave, measure, warm_up
+from bench.timing.energy import EnergyMeter, energy_meter
+from bench.timing.machine import folder_name, machine
+from bench.timing.samples import Samples, ratio
+from bench.work import parts
+from bench.work.figures import Ceilings, copy_rate, matrix_rate, rates
 
 CPU = torch.device("cpu")
-KERNELS = Path(__file__).parents[1] / "kernels"
+KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 class ManualClock(Clock):
@@ -144,7 +144,7 @@ def test_ceilings_and_shares_of_them():
 
 
 def test_energy_is_the_counters_difference_or_a_reason(manual, monkeypatch):
-    monkeypatch.setattr("bench.energy.time.monotonic", lambda: manual.time)
+    monkeypatch.setattr("bench.timing.energy.time.monotonic", lambda: manual.time)
     meter = EnergyMeter(lambda: 100.0 + 50.0 * manual.time)  # 50 W
     assert meter.joules_per_call(manual.working(0.25), manual, seconds=1.0) == pytest.approx(12.5)
     none = energy_meter(CPU)

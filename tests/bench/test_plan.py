@@ -6,12 +6,14 @@ from functools import cache, partial
 import pytest
 import torch
 
-from bench import engine, peers, report
-from bench.budget import GUESSED, START_SECONDS, Budget, Compiled, Costs, Measurement, compiled
-from bench.engine import CONFIGURATIONS, Variant, warm_up_calls
-from bench.figures import Ceilings
-from bench.plan import plan
-from bench.sizes import CPU, GPU, SIZES
+from bench.peers import contenders as peers
+from bench.report import __main__ as report
+from bench.report.budget import GUESSED, START_SECONDS, Budget, Compiled, Costs, Measurement, compiled
+from bench.report.plan import plan
+from bench.report.sizes import CPU, GPU, SIZES
+from bench.work import scenarios as engine
+from bench.work.figures import Ceilings
+from bench.work.scenarios import CONFIGURATIONS, Variant, warm_up_calls
 from ddpm_fast.engine.trainer import WARM_UP_STEPS
 
 CIFAR = CONFIGURATIONS["cifar10"]

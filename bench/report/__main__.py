@@ -6,7 +6,7 @@
 DIR gets report.json and report.md after every measurement, so that a visit that is cut off leaves what it has, and
 plots at the end. The same command again, on the same device and sources, keeps what is there and measures what was
 left out or failed; after a change to the engine it starts anew. This process plans and writes; it touches no device,
-and what measures are processes of their own (`bench.child`).
+and what measures are processes of their own (`bench.report.child`).
 """
 
 import argparse
@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
-from bench import measurements
-from bench.budget import GUESSED, Budget, Costs, Measurement
-from bench.child import ChildDiedError, Worker
-from bench.engine import CONFIGURATIONS, default_variant
-from bench.machine import commit, folder_name
-from bench.page import write_page
-from bench.peers import MODULES, importable
-from bench.plan import plan
-from bench.plots import draw_plots
-from bench.sizes import SIZES, Sizes
+from bench.peers.contenders import MODULES, importable
+from bench.report import measurements
+from bench.report.budget import GUESSED, Budget, Costs, Measurement
+from bench.report.child import ChildDiedError, Worker
+from bench.report.page import write_page
+from bench.report.plan import plan
+from bench.report.plots import draw_plots
+from bench.report.sizes import SIZES, Sizes
+from bench.timing.machine import commit, folder_name
+from bench.work.scenarios import CONFIGURATIONS, default_variant
 from ddpm_fast.engine.execution import choose_device
 
 PAGE_SECONDS = 10.0
@@ -45,7 +45,7 @@ Report = dict[str, Any]
 
 def sources() -> str:
     """Return a digest of the engine's sources: figures of other sources are not mixed with new ones."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted([*(root / "ddpm_fast").rglob("*.py"), *(root / "kernels").glob("*.py")]):
         digest.update(path.read_bytes())

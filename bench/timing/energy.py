@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.clock import Clock, Work
+from bench.timing.clock import Clock, Work
 
 
 class EnergyMeter:

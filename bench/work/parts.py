@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.clock import Clock, Work
+from bench.timing.clock import Clock, Work
 from ddpm_fast.ops import reference
 
 OUTSIDE = "outside operators and kernels"

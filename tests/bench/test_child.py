@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import agreement, child
-from bench.budget import Measurement
-from bench.child import Child, ChildDiedError, Worker
-from bench.sizes import TINY, Sampling
-from bench.workbench import Workbench
+from bench.report import agreement, child
+from bench.report.budget import Measurement
+from bench.report.child import Child, ChildDiedError, Worker
+from bench.report.sizes import TINY, Sampling
+from bench.report.workbench import Workbench
 from ddpm_fast.engine.sampling import Loop
 
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from bench.clock import Clock, measure, warm_up
-from bench.engine import Scenario
-from bench.samples import Samples
-from bench.work import unet_bytes, unet_flop
+from bench.timing.clock import Clock, measure, warm_up
+from bench.timing.samples import Samples
+from bench.work.amounts import unet_bytes, unet_flop
+from bench.work.scenarios import Scenario
 
 
 @dataclass(frozen=True)

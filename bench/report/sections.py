@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from bench.tables import duration, number, share, table, with_spread
-from bench.workbench import Row
+from bench.report.tables import duration, number, share, table, with_spread
+from bench.report.workbench import Row
 
 
 def ceilings(rows: list[Row]) -> list[str]:

@@ -1,6 +1,6 @@
 """Measuring in processes of their own, which may die: a failed capture or an illegal address spoils a process for good.
 
-    python -m bench.child DEVICE SIZES
+    python -m bench.report.child DEVICE SIZES
 
 says first what machine it is on, then reads questions, which name a measurement each, and answers with its rows. All of
 these are lines of JSON.
@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from bench.budget import Measurement
-from bench.figures import Ceilings
-from bench.machine import machine
-from bench.peers import one_line
-from bench.plan import plan
-from bench.sizes import SIZES
-from bench.workbench import Workbench
+from bench.peers.contenders import one_line
+from bench.report.budget import Measurement
+from bench.report.plan import plan
+from bench.report.sizes import SIZES
+from bench.report.workbench import Workbench
+from bench.timing.machine import machine
+from bench.work.figures import Ceilings
 
 START_SECONDS = 120.0
 """Until a process must have said its first word."""
@@ -40,15 +40,15 @@ class ChildDiedError(Exception):
     """A measuring process ended or was ended before it answered."""
 
 
-def first_word(bench: Workbench) -> Answer:
+def first_word(workbench: Workbench) -> Answer:
     """Return what a report says of its machine."""
-    return {"machine": machine(bench.device), "dtype": str(bench.dtype).removeprefix("torch.")}
+    return {"machine": machine(workbench.device), "dtype": str(workbench.dtype).removeprefix("torch.")}
 
 
-def answer(bench: Workbench, measurement: Measurement) -> Answer:
+def answer(workbench: Workbench, measurement: Measurement) -> Answer:
     """Make one measurement: its rows, or why there are none."""
     try:
-        return {"rows": measurement.run(bench)}
+        return {"rows": measurement.run(workbench)}
     except Exception as error:  # a visit costs too much to end at the first failure
         traceback.print_exc()
         return {"failed": one_line(error)}
@@ -58,15 +58,15 @@ def main(kind: str, sizes: str) -> None:
     """Answer until nobody asks any more."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    bench = Workbench.at(torch.device(kind), SIZES[sizes])
+    workbench = Workbench.at(torch.device(kind), SIZES[sizes])
     torch.manual_seed(0)
-    print(json.dumps(first_word(bench)), file=answers)
+    print(json.dumps(first_word(workbench)), file=answers)
     planned: dict[str, Measurement] = {}
     for line in sys.stdin:
         question = json.loads(line)
-        bench.ceilings = Ceilings(**question["ceilings"]) if question["ceilings"] else None
-        planned = planned or {one.name: one for one in plan(kind, bench.sizes, question["packages"])}
-        print(json.dumps(answer(bench, planned[question["name"]])), file=answers)
+        workbench.ceilings = Ceilings(**question["ceilings"]) if question["ceilings"] else None
+        planned = planned or {one.name: one for one in plan(kind, workbench.sizes, question["packages"])}
+        print(json.dumps(answer(workbench, planned[question["name"]])), file=answers)
 
 
 class Child:
@@ -80,9 +80,9 @@ class Child:
         """
         # A session of its own, so that it can be ended with all that it started: compilers' workers too.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.child", *arguments],
+            [sys.executable, "-m", "bench.report.child", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         )  # fmt: skip
         self.first_word = self._hear(START_SECONDS)
 
