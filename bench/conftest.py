@@ -11,7 +11,7 @@ from bench.report.sizes import sizes_for
 from bench.timing.clock import clock_for, warm_up
 from bench.timing.energy import EnergyMeter, energy_meter
 from bench.timing.machine import commit, machine
-from bench.timing.samples import Samples
+from bench.timing.timings import Timings
 from bench.work.figures import Ceilings, copy_rate, matrix_rate, rates, scenario_figures
 from bench.work.ops import Op, OpWork
 from bench.work.scenarios import Scenario, Variant, default_variant, loop_dtype, variants
@@ -58,7 +58,7 @@ def time_scenario(benchmark: BenchmarkFixture, ceilings: Ceilings, meter: Energy
         benchmark.pedantic(scenario.work, rounds=SIZES.rounds)
         if benchmark.stats is None:  # --benchmark-disable
             return
-        taken = Samples(tuple(benchmark.stats.stats.data))
+        taken = Timings(tuple(benchmark.stats.stats.data))
         joules = meter.joules_per_call(scenario.work, CLOCK)
         benchmark.extra_info.update(
             scenario_figures(scenario, taken, loop_dtype(DEVICE), ceilings),
@@ -83,7 +83,7 @@ def time_op(benchmark: BenchmarkFixture, ceilings: Ceilings) -> Callable[..., No
         benchmark.pedantic(CLOCK.captured(work), rounds=10 * SIZES.rounds)
         if benchmark.stats is None:
             return
-        taken = Samples(tuple(benchmark.stats.stats.data)).map(lambda t: t / len(op_work.sets))
+        taken = Timings(tuple(benchmark.stats.stats.data)).map(lambda t: t / len(op_work.sets))
         benchmark.extra_info.update(
             shape=op_work.shape,
             seconds_per_call=taken.to_json(),

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench.peers.contenders import MODULES, importable
+from bench.peers.comparison import MODULES, importable
 from bench.report import measurements
 from bench.report.budget import GUESSED, Budget, Costs, Measurement
 from bench.report.child import ChildDiedError, Worker

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.peers.contenders import one_line
+from bench.peers.comparison import one_line
 from bench.report.budget import Measurement
 from bench.report.plan import plan
 from bench.report.sizes import SIZES

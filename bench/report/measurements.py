@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.peers.contenders import OURS, compare, contenders
+from bench.peers.comparison import OURS, compare, peers_on
 from bench.report.sizes import Sampling, Training
 from bench.report.workbench import Row, Workbench
 from bench.timing.clock import Clock, interleave, measure, warm_up
@@ -141,11 +141,11 @@ def parts(workbench: Workbench, size: Training, steps: int) -> list[Row]:
 
 
 def peers(workbench: Workbench, size: Training, steps: int, who: list[str]) -> list[Row]:
-    """Time contenders in turns: an optimizer step for steps = 0, else a sampling loop of so many steps."""
+    """Time peers in turns: an optimizer step for steps = 0, else a sampling loop of so many steps."""
     config, device = CONFIGURATIONS[size.configuration], workbench.device
     workbench.clock.start_afresh()
     builds: dict[str, Callable[[], Any]] = {}
-    chosen = [one for one in contenders(device) if one.name in who]
+    chosen = [one for one in peers_on(device) if one.name in who]
     for one in chosen:
         if steps:
             builds[one.name] = partial(one.sampling, config, size.batch, steps, device)

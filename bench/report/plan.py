@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from bench.peers.contenders import MODULES, Contender, contenders
+from bench.peers.comparison import MODULES, Peer, peers_on
 from bench.report import measurements
 from bench.report.agreement import agreement
 from bench.report.budget import Costs, Measurement, compiled
@@ -80,7 +80,7 @@ def _parts(size: Training, steps: int, default: Variant) -> Measurement:
     )
 
 
-def _peers(size: Training, steps: int, who: list[Contender], group: str) -> Measurement:
+def _peers(size: Training, steps: int, who: list[Peer], group: str) -> Measurement:
     config, kind = CONFIGURATIONS[size.configuration], "sampling" if steps else "train"
 
     def seconds(costs: Costs) -> float:
@@ -104,7 +104,7 @@ def _peers(size: Training, steps: int, who: list[Contender], group: str) -> Meas
 
 def _all_peers(device: torch.device, sizes: Sizes, packages: Collection[str], compiles: bool) -> list[Measurement]:
     """Compare with those that start at once, or with those that compile, which take minutes and come apart."""
-    ours, *others = contenders(device)
+    ours, *others = peers_on(device)
     who = [one for one in others if one.compiles == compiles and (not one.package or one.package in packages)]
     if not any(one.package for one in who):
         return []

@@ -91,7 +91,7 @@ def draw_loops(rows: list[Row]) -> Figure:
 
 
 def draw_peers(rows: list[Row]) -> Figure:
-    """How many times as long each contender takes."""
+    """How many times as long each peer takes."""
     shown = [row for row in rows if "times_as_long" in row]
     figure, (axis,) = _figure(8.5, 1.2 + 0.28 * len(shown))
     values = [row["times_as_long"]["median"] for row in shown]

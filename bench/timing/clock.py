@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench.timing.samples import Samples
+from bench.timing.timings import Timings
 from ddpm_fast.engine.cuda_graphs import CudaGraphs
 
 Work = Callable[[], object]
@@ -141,7 +141,7 @@ def warm_up(work: Work, clock: Clock, calls: int = 1) -> float:
     return first
 
 
-def interleave(works: Mapping[str, Work], clock: Clock, seconds: float, least: int = 3) -> dict[str, Samples]:
+def interleave(works: Mapping[str, Work], clock: Clock, seconds: float, least: int = 3) -> dict[str, Timings]:
     """Time several works in turns, so that a drift of the machine meets them all alike.
 
     Args:
@@ -162,9 +162,9 @@ def interleave(works: Mapping[str, Work], clock: Clock, seconds: float, least: i
         for name in list(works)[:: 1 if rounds % 2 == 0 else -1]:
             taken[name].append(clock.seconds(works[name], calls[name]))
         rounds += 1
-    return {name: Samples(tuple(values)) for name, values in taken.items()}
+    return {name: Timings(tuple(values)) for name, values in taken.items()}
 
 
-def measure(work: Work, clock: Clock, seconds: float, least: int = 3) -> Samples:
+def measure(work: Work, clock: Clock, seconds: float, least: int = 3) -> Timings:
     """Time one work, warmed up, for about `seconds`: seconds a call."""
     return interleave({"work": work}, clock, seconds, least)["work"]

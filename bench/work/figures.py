@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bench.timing.clock import Clock, measure, warm_up
-from bench.timing.samples import Samples
+from bench.timing.timings import Timings
 from bench.work.amounts import unet_bytes, unet_flop
 from bench.work.scenarios import Scenario
 
@@ -23,7 +23,7 @@ class Ceilings:
     """Of the matrix product: the loop's."""
 
 
-def copy_rate(clock: Clock, seconds: float, megabytes: int) -> Samples:
+def copy_rate(clock: Clock, seconds: float, megabytes: int) -> Timings:
     """Measure GB/s of copying a tensor on the device, bytes read plus bytes written."""
     source = torch.rand(megabytes * 2**18, device=clock.device)  # float32
     target = torch.empty_like(source)
@@ -32,7 +32,7 @@ def copy_rate(clock: Clock, seconds: float, megabytes: int) -> Samples:
     return taken.map(lambda t: 2 * source.nbytes / t / 1e9)
 
 
-def matrix_rate(clock: Clock, seconds: float, dtype: torch.dtype, side: int) -> Samples:
+def matrix_rate(clock: Clock, seconds: float, dtype: torch.dtype, side: int) -> Timings:
     """Measure TFLOP/s of a square matrix product; random operands, since on zeros a GPU runs faster than on data."""
     a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -63,7 +63,7 @@ def rates(seconds: float, flop: float, moved: float, ceilings: Ceilings | None) 
 
 
 def scenario_figures(
-    scenario: Scenario, taken: Samples, dtype: torch.dtype, ceilings: Ceilings | None
+    scenario: Scenario, taken: Timings, dtype: torch.dtype, ceilings: Ceilings | None
 ) -> dict[str, Any]:
     """Return what is said of a training step or a sampling loop that took `taken` seconds a call."""
     passes = scenario.steps * scenario.images

@@ -6,7 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 
-from bench.peers import contenders as peers
+from bench.peers import comparison
 from bench.report import __main__ as report
 from bench.report.budget import GUESSED, START_SECONDS, Budget, Compiled, Costs, Measurement, compiled
 from bench.report.plan import plan
@@ -35,11 +35,11 @@ FIRST = [
 
 
 @cache
-def planned(kind: str = "cuda", packages: tuple[str, ...] = tuple(peers.MODULES)) -> list[Measurement]:
+def planned(kind: str = "cuda", packages: tuple[str, ...] = tuple(comparison.MODULES)) -> list[Measurement]:
     return plan(kind, SIZES[kind], packages)
 
 
-def names(kind: str = "cuda", packages: tuple[str, ...] = tuple(peers.MODULES)) -> list[str]:
+def names(kind: str = "cuda", packages: tuple[str, ...] = tuple(comparison.MODULES)) -> list[str]:
     return [one.name for one in planned(kind, packages)]
 
 
@@ -100,8 +100,8 @@ def test_importing_is_tried_in_earnest(monkeypatch, tmp_path):
     (tmp_path / "kills_its_process.py").write_text("import os; os.abort()")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     tried = {"there": "json", "absent": "no_such_module_at_all", "broken": "kills_its_process"}
-    monkeypatch.setattr(peers, "MODULES", tried)
-    assert peers.importable()() == ["there"]
+    monkeypatch.setattr(comparison, "MODULES", tried)
+    assert comparison.importable()() == ["there"]
 
 
 def test_launches_are_charged_to_what_is_launched():

@@ -13,7 +13,7 @@ from bench.timing import clock as clocks
 from bench.timing.clock import Clock, CudaClock, clock_for, interleave, measure, warm_up
 from bench.timing.energy import EnergyMeter, energy_meter
 from bench.timing.machine import folder_name, machine
-from bench.timing.samples import Samples, ratio
+from bench.timing.timings import Timings, ratio
 from bench.work import parts
 from bench.work.figures import Ceilings, copy_rate, matrix_rate, rates
 
@@ -48,20 +48,20 @@ def manual(monkeypatch):
 
 
 def test_samples_are_told_by_median_and_quartiles():
-    samples = Samples((5.0, 1.0, 2.0, 4.0, 3.0))
+    samples = Timings((5.0, 1.0, 2.0, 4.0, 3.0))
     assert (samples.median, samples.low, samples.high, samples.n) == (3, 2, 4, 5)
     assert samples.map(lambda value: 2 * value).to_json() == {"median": 6, "low": 4, "high": 8, "n": 5}
-    assert (Samples((7.0,)).low, Samples((7.0,)).high) == (7, 7)
+    assert (Timings((7.0,)).low, Timings((7.0,)).high) == (7, 7)
     with pytest.raises(ValueError, match="no samples"):
-        Samples(())
+        Timings(())
 
 
 def test_ratios_are_taken_round_by_round():
     # The machine was ten times slower in the second round: each side saw it, and their ratio did not.
-    theirs, ours = Samples((4.0, 40.0, 4.0)), Samples((2.0, 20.0, 1.0))
+    theirs, ours = Timings((4.0, 40.0, 4.0)), Timings((2.0, 20.0, 1.0))
     assert ratio(theirs, ours).values == (2, 2, 4)
     with pytest.raises(ValueError, match="3 rounds cannot be paired with 1"):
-        ratio(theirs, Samples((1.0,)))
+        ratio(theirs, Timings((1.0,)))
 
 
 def test_rounds_go_in_turns_forwards_and_backwards_until_the_time_is_spent(manual):

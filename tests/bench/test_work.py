@@ -12,9 +12,9 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.peers import contenders as peers
+from bench.peers import comparison
 from bench.peers import diffusers as peer_diffusers
-from bench.peers.contenders import OURS, compare, contenders
+from bench.peers.comparison import OURS, compare, peers_on
 from bench.report.measurements import prepare
 from bench.timing.clock import clock_for
 from bench.work.amounts import parameters, unet_bytes, unet_elements, unet_flop
@@ -155,7 +155,7 @@ def test_an_image_size_keeps_attention_at_its_level():
     assert with_image_size(TINY, 16).unet.attention_resolutions == (8,)
 
 
-@pytest.mark.parametrize("who", [one for one in contenders(CPU) if "diffusers" in one.name and not one.compiles])
+@pytest.mark.parametrize("who", [one for one in peers_on(CPU) if "diffusers" in one.name and not one.compiles])
 def test_diffusers_trains_and_samples(who):
     who.train_step(TINY, 2, CPU)()
     images = who.sampling(TINY, 2, 2, CPU)().images
@@ -171,7 +171,7 @@ def test_tuned_diffusers_trains_and_samples():
 
 
 def test_a_peer_that_cannot_run_says_why_and_the_others_go_on():
-    def missing() -> peers.Work:
+    def missing() -> comparison.Work:
         raise ImportError("No module named 'torchvision'\nand more")
 
     def breaks() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Samples:
+class Timings:
     """Repeated measurements of one quantity, in the order in which they were taken."""
 
     values: tuple[float, ...]
@@ -37,16 +37,16 @@ class Samples:
     def _quartiles(self) -> Sequence[float]:
         return statistics.quantiles(self.values, method="inclusive") if self.n > 1 else self.values * 3
 
-    def map(self, change: Callable[[float], float]) -> "Samples":
+    def map(self, change: Callable[[float], float]) -> "Timings":
         """Return the samples of another unit, e.g. seconds a step from seconds a call."""
-        return Samples(tuple(change(value) for value in self.values))
+        return Timings(tuple(change(value) for value in self.values))
 
     def to_json(self) -> dict[str, float | int]:
         """Return what a report keeps."""
         return {"median": self.median, "low": self.low, "high": self.high, "n": self.n}
 
 
-def ratio(numerator: Samples, denominator: Samples) -> Samples:
+def ratio(numerator: Timings, denominator: Timings) -> Timings:
     """Return the ratio of each round: both sides of a round saw the same state of the machine.
 
     Raises:
@@ -54,4 +54,4 @@ def ratio(numerator: Samples, denominator: Samples) -> Samples:
     """
     if numerator.n != denominator.n:
         raise ValueError(f"{numerator.n} rounds cannot be paired with {denominator.n}")
-    return Samples(tuple(a / b for a, b in zip(numerator.values, denominator.values, strict=True)))
+    return Timings(tuple(a / b for a, b in zip(numerator.values, denominator.values, strict=True)))

@@ -15,7 +15,7 @@ from bench.peers import diffusers as peer_diffusers
 from bench.peers import lucidrains as peer_lucidrains
 from bench.peers.diffusers import Tuning
 from bench.timing.clock import Clock, Work, interleave, warm_up
-from bench.timing.samples import ratio
+from bench.timing.timings import ratio
 from bench.work.scenarios import Variant, default_variant, sampling, train_step, warm_up_calls
 from ddpm_fast.config import Config
 
@@ -28,7 +28,7 @@ MODULES = {
 
 
 @dataclass(frozen=True)
-class Contender:
+class Peer:
     """One way to train and to sample; building it raises where the package does not import."""
 
     name: str
@@ -52,9 +52,9 @@ class Contender:
         return 4 if self.compiles else 1  # PyTorch's own graphs are recorded in the second call and replayed from then
 
 
-def _diffusers(name: str, what: str, tuning: Tuning) -> Contender:
+def _diffusers(name: str, what: str, tuning: Tuning) -> Peer:
     build = peer_diffusers.tuned_loop if tuning.fused else peer_diffusers.pipeline
-    return Contender(
+    return Peer(
         name,
         what,
         lambda config, n, device: peer_diffusers.train_step(config, n, device, tuning),
@@ -64,8 +64,8 @@ def _diffusers(name: str, what: str, tuning: Tuning) -> Contender:
     )
 
 
-def _ours(name: str, what: str, variant: Variant) -> Contender:
-    return Contender(
+def _ours(name: str, what: str, variant: Variant) -> Peer:
+    return Peer(
         name,
         what,
         lambda config, n, device: train_step(config, n, variant, device).work,
@@ -75,12 +75,12 @@ def _ours(name: str, what: str, variant: Variant) -> Contender:
     )
 
 
-def contenders(device: torch.device) -> list[Contender]:
+def peers_on(device: torch.device) -> list[Peer]:
     """Return who is compared on a device: the engine first, those that compile last."""
     default = default_variant(device)
     ours = _ours(OURS, f"the engine as it runs by default here: {default}", default)
     shipped = _diffusers("diffusers", "as shipped: float32, eager, AdamW, EMAModel, DDPMPipeline", Tuning())
-    lucidrains = Contender(
+    lucidrains = Peer(
         "denoising-diffusion-pytorch",
         "as shipped, around its own U-Net of the same widths, which is another network: float32, eager",
         peer_lucidrains.train_step,
@@ -128,16 +128,16 @@ def importable() -> Callable[[], list[str]]:
 def compare(
     builds: Mapping[str, Callable[[], Work]], clock: Clock, seconds: float, calls: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Time contenders in turns.
+    """Time peers in turns.
 
     Args:
-        builds: by contender's name, OURS among them; each is built and warmed up before the first round.
+        builds: by peer's name, OURS among them; each is built and warmed up before the first round.
         clock: of their device.
         seconds: to spend on the rounds.
         calls: of each, to warm up.
 
     Returns:
-        A row a contender: seconds a call and how many times as long as OURS it took, round by round, or the reason
+        A row a peer: seconds a call and how many times as long as OURS it took, round by round, or the reason
         why it could not run.
     """
     works: dict[str, Work] = {}
