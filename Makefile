@@ -1,5 +1,5 @@
 # make demo: train on handwritten digits and sample new ones.   make test: lint, types, tests.   make bench: speed.
-# make test-oldest: the tests on the oldest supported versions.
+# make test-oldest: the tests on the oldest supported versions.   make test-gpu: those that a GPU is tested with.
 # PIP_OPTIONS is handed to pip, e.g. PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ PIP_OPTIONS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_OPTIONS)
 
-.PHONY: demo test test-oldest bench clean
+.PHONY: demo test test-oldest test-gpu bench clean
 
 demo: .venv/installed
 	@out=runs/demo; n=2; while [ -e $$out ]; do out=runs/demo-$$n; n=$$((n + 1)); done; \
@@ -25,6 +25,9 @@ test: .venv/installed-test
 # GPU to run either: some gigabytes.
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not compile_matrix"
+
+test-gpu: .venv/installed-test
+	$(BIN)/python -m pytest -m gpu -n 8 --dist worksteal
 
 bench: .venv/installed-bench
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -1,9 +1,19 @@
-"""What every test needs: Triton's interpreter where there is no GPU, a cache of its own, one thread a worker."""
+"""What every test needs: Triton's interpreter where there is no GPU, a cache of its own, one thread a worker.
+
+A GPU is tested by one command, which runs in a source tree that is not installed as well:
+
+    python -m pytest -m gpu -n 8 --dist worksteal
+
+It runs what only a GPU can show, and all comparisons of kernels. Two that take far longer have markers of their own:
+`sanitizer`, and `compile_matrix`, for which a CPU is enough.
+"""
 
 import os
 
 import pytest
 import torch
+
+from ddpm_fast.engine.execution import choose_tf32
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
@@ -13,20 +23,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 RUNS_KERNELS = ("tests/kernels/", "tests/ops/test_ops.py", "tests/engine/test_with_kernels.py")
+APART = ("sanitizer", "compile_matrix")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none; where there is one, let `-m gpu` repeat all comparisons of kernels."""
+    """Skip what needs a GPU where there is none; mark what runs kernels, which without a GPU are interpreted."""
     for item in items:
-        if torch.cuda.is_available():
-            if item.nodeid.startswith(RUNS_KERNELS):
-                item.add_marker(pytest.mark.gpu)
-        elif item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and there is none"))
+        if item.get_closest_marker("gpu"):
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and there is none"))
+        elif item.nodeid.startswith(RUNS_KERNELS) and not any(map(item.get_closest_marker, APART)):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep decoded images out of the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> None:
+    """Let no convolution round float32 to TF32, as PyTorch does by itself: tests hold float32 to float32's rounding."""
+    choose_tf32("fp32")

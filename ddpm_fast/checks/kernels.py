@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as autograd_compiler
 
 from ddpm_fast import ops
 from ddpm_fast.checks.process import Line
@@ -214,7 +215,9 @@ def _bind(case: Case, kernels: bool, precise: bool = False, compiled: bool = Fal
     if compiled:
         torch._dynamo.reset()  # else all cases count as recompilations of one function, and soon none is compiled
         op = torch.compile(op, dynamic=False, fullgraph=True)
-    return case.prepare(op, own)
+    # A backward pass that is repeated keeps its tensors: it must not be compiled, or found in the cache, to reuse them.
+    with autograd_compiler.patch(donated_buffer=False):
+        return case.prepare(op, own)
 
 
 def error_and_bound(case: Case) -> tuple[float, float]:

@@ -13,7 +13,6 @@ import platform
 import signal
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ddpm_fast import __version__
 from ddpm_fast.config import Config, InputError, MathematicsError, SamplerConfig, from_dict, to_dict, with_training
 from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
@@ -121,7 +121,7 @@ def prepare(run: Path, config: Config, fingerprint: str, step: int) -> None:
     """
     with checkpoint.writing(run):
         run.mkdir(parents=True, exist_ok=True)
-        versions = {name: version(name) for name in ("ddpm-fast", "torch")} | {"python": platform.python_version()}
+        versions = {"ddpm-fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
         values = {"fingerprint": fingerprint, "versions": versions, "config": to_dict(config)}
         checkpoint.replace_file(run / "config.json", checkpoint.to_json(values))
         _cut_metrics(run / "metrics.jsonl", step)

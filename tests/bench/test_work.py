@@ -9,7 +9,6 @@ from time import sleep
 
 import pytest
 import torch
-from diffusers.models.unets.unet_2d import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.peers import comparison
@@ -68,11 +67,12 @@ def test_weights_are_read_once_a_batch_and_activations_once_an_image():
 
 @pytest.mark.parametrize("name", ["digits", "digits-16x16", "cifar10"])
 def test_diffusers_runs_the_same_unet(name):
+    diffusers = pytest.importorskip("diffusers.models.unets.unet_2d")
     config = CONFIGURATIONS[name].unet
     with torch.device("meta"):
         theirs = peer_diffusers.unet(config).eval()
         x = torch.empty(1, config.image_channels, config.height, config.width)
-    assert isinstance(theirs, UNet2DModel)
+    assert isinstance(theirs, diffusers.UNet2DModel)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs(x, torch.zeros(1, dtype=torch.int64, device="meta"))
     assert sum(parameter.numel() for parameter in theirs.parameters()) == parameters(config)
@@ -157,12 +157,14 @@ def test_an_image_size_keeps_attention_at_its_level():
 
 @pytest.mark.parametrize("who", [one for one in peers_on(CPU) if "diffusers" in one.name and not one.compiles])
 def test_diffusers_trains_and_samples(who):
+    pytest.importorskip("diffusers")
     who.train_step(TINY, 2, CPU)()
     images = who.sampling(TINY, 2, 2, CPU)().images
     assert images.shape == (2, 8, 8, 1)
 
 
 def test_tuned_diffusers_trains_and_samples():
+    pytest.importorskip("diffusers")
     tuning = peer_diffusers.Tuning(channels_last=True, half=True, fused=True)
     peer_diffusers.train_step(TINY, 2, CPU, tuning)()
     images = peer_diffusers.tuned_loop(TINY, 2, 2, CPU, tuning)()

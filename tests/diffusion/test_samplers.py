@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
 from torch import Tensor
 
 from ddpm_fast.config import DiffusionConfig, SamplerConfig
@@ -24,6 +23,11 @@ EACH = list(itertools.product(PREDICTIONS, STEPS))
 THEIRS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SHAPE = (1, 2, 3)
 ADDRESS = NoiseAddress(key_from_seed(5), torch.arange(2))
+
+
+def diffusers(scheduler: str) -> Any:
+    """Return one of diffusers' modules, or skip the test where diffusers is not installed."""
+    return pytest.importorskip(f"diffusers.schedulers.scheduling_{scheduler}")
 
 
 class Trajectory(NamedTuple):
@@ -90,7 +94,7 @@ def test_timesteps_are_distinct_descending_and_all_of_them_at_k_equal_t(spacing)
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_timesteps_are_diffusers(spacing):
-    scheduler = scheduling_ddpm.DDPMScheduler(1000, timestep_spacing=spacing)
+    scheduler = diffusers("ddpm").DDPMScheduler(1000, timestep_spacing=spacing)
     for steps in (1, 2, 3, 7, 10, 50, 64, 333, 999, 1000):
         scheduler.set_timesteps(steps)
         assert samplers.strided_timesteps(1000, steps, spacing).tolist() == scheduler.timesteps[:steps].tolist()
@@ -177,11 +181,11 @@ def test_dpm_solver_is_algorithm_2(steps):
 
 def walk_ddpm(scheduler: Any, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[Tensor]:
     scheduler.set_timesteps(steps)
-    x, xs = x_last(), []
+    module, x, xs = diffusers("ddpm"), x_last(), []
     for k, t in enumerate(scheduler.timesteps[:steps].tolist()):
         # Ours adds no noise in the last step, theirs only where t is 0; and theirs is N(0, beta) there if "large".
         z = noise_of(k + 1) * (k < steps - 1)
-        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, z=z, **__: z)
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, z=z, **__: z)
         x = scheduler.step(network(x, t), t, x, return_dict=False)[0]
         xs.append(x)
     return xs
@@ -218,11 +222,11 @@ CLOSE = 1e-9  # float64 rounding over 1000 steps, times the 157 by which the lin
 @pytest.mark.parametrize(("steps", "spacing"), CASES)
 def test_ddpm_is_diffusers(steps, spacing, variance, clip, monkeypatch):
     for prediction in PREDICTIONS if steps < 1000 else ["eps"]:
-        scheduler = scheduling_ddpm.DDPMScheduler(
+        scheduler = diffusers("ddpm").DDPMScheduler(
             1000,
             clip_sample=clip,
-            variance_type=f"fixed_{variance}",  # pyright: ignore[reportArgumentType]
-            prediction_type=THEIRS[prediction],  # pyright: ignore[reportArgumentType]
+            variance_type=f"fixed_{variance}",
+            prediction_type=THEIRS[prediction],
             timestep_spacing=spacing,
         )
         config = DiffusionConfig(prediction=prediction, variance=variance, clip=clip)  # pyright: ignore[reportArgumentType]
@@ -236,13 +240,13 @@ def test_ddpm_is_diffusers(steps, spacing, variance, clip, monkeypatch):
 def test_ddim_is_diffusers(steps, spacing, eta, clip):
     total = 300 if steps == 3 else 1000  # theirs goes down by T // K, so K must divide T
     for prediction in PREDICTIONS if steps < 1000 else ["x0"]:
-        scheduler = scheduling_ddim.DDIMScheduler(
+        scheduler = diffusers("ddim").DDIMScheduler(
             total,
             beta_schedule="linear",
             clip_sample=clip,
             beta_start=1e-4,
             beta_end=0.02,
-            prediction_type=THEIRS[prediction],  # pyright: ignore[reportArgumentType]
+            prediction_type=THEIRS[prediction],
             timestep_spacing=spacing,
         )
         config = DiffusionConfig(timesteps=total, prediction=prediction, clip=clip)  # pyright: ignore[reportArgumentType]
@@ -255,14 +259,14 @@ def test_ddim_is_diffusers(steps, spacing, eta, clip):
 @pytest.mark.parametrize(("steps", "spacing"), CASES)
 def test_dpm_solver_is_diffusers(steps, spacing, schedule, clip):
     for prediction in PREDICTIONS if steps < 1000 else ["eps"]:
-        scheduler = scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler(
+        scheduler = diffusers("dpmsolver_multistep").DPMSolverMultistepScheduler(
             1000,
             algorithm_type="dpmsolver++",
             solver_order=2,
             final_sigmas_type="zero",
             thresholding=clip,  # with sample_max_value 1 their dynamic thresholding is clipping
             sample_max_value=1.0,
-            prediction_type=THEIRS[prediction],  # pyright: ignore[reportArgumentType]
+            prediction_type=THEIRS[prediction],
             timestep_spacing=spacing,
         )
         config = DiffusionConfig(schedule=schedule, prediction=prediction, clip=clip)  # pyright: ignore[reportArgumentType]
@@ -286,13 +290,8 @@ def test_dpm_solver_is_diffusers(steps, spacing, schedule, clip):
 def test_unaltered_float32_schedulers_agree_to_their_own_rounding(prediction, monkeypatch):
     """Their float32 alphas_cumprod is within 5.5e-5 of ours, which u*p + v and s see through a root or two."""
     config = DiffusionConfig(prediction=prediction, variance="small")
-    ddpm = scheduling_ddpm.DDPMScheduler(1000, prediction_type=THEIRS[prediction], timestep_spacing="trailing")  # pyright: ignore[reportArgumentType]
+    options = {"prediction_type": THEIRS[prediction], "timestep_spacing": "trailing"}
+    ddpm = diffusers("ddpm").DDPMScheduler(1000, **options)
     assert_same(walk(table_of(config, SamplerConfig("ddpm", 50))), walk_ddpm(ddpm, monkeypatch, 50), 5.5e-5)
-    ddim = scheduling_ddim.DDIMScheduler(
-        1000,
-        beta_end=0.02,
-        beta_start=1e-4,
-        prediction_type=THEIRS[prediction],  # pyright: ignore[reportArgumentType]
-        timestep_spacing="trailing",
-    )
+    ddim = diffusers("ddim").DDIMScheduler(1000, beta_end=0.02, beta_start=1e-4, **options)
     assert_same(walk(table_of(config, SamplerConfig("ddim", 50))), walk_ddim(ddim, 0.0, 50), 5.5e-5)

@@ -54,6 +54,12 @@ class StandIn:
         return replay
 
 
+@pytest.fixture(autouse=True)
+def deterministic_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep cuDNN from algorithms whose bits vary from run to run: here bits are compared."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 @pytest.fixture(scope="module")
 def unet() -> UNet:
     torch.manual_seed(0)
@@ -196,7 +202,7 @@ def test_on_a_gpu_ten_captured_calls_equal_the_eager_ones(unet, execution, dtype
     table = sampler_table(DIFFUSION, SamplerConfig())
     eager, captured = Loop(unet, table, dtype), Loop(unet, table, dtype, execution)
     for seed in range(10):
-        images = ImageRange(seed, seed, 1 + seed % 3)
+        images = ImageRange(seed, seed, 1 + seed % 2)  # each batch size is compiled
         ours, theirs = sample(captured, images), sample(eager, images)
         # Bit-identical where the same kernels run; compiled ones round otherwise.
         assert torch.equal(ours, theirs) or (execution.compiled and (ours - theirs).abs().mean() < 1 / 255)

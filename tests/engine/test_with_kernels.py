@@ -1,16 +1,19 @@
 """The whole engine with kernels and without: the same losses, weights and images, eager and compiled."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from ddpm_fast import ops
 from ddpm_fast.checks import kernels as check_kernels
 from ddpm_fast.config import PRESETS, Config, DiffusionConfig, SamplerConfig, UNetConfig, with_training
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
+from ddpm_fast.engine.execution import can_compile_for_cpu
 from ddpm_fast.engine.sampling import ImageRange, Loop, sample
 from ddpm_fast.engine.trainer import Trainer
 
@@ -135,10 +138,35 @@ def test_the_check_of_the_kernels_passes_and_finds_a_wrong_one(monkeypatch):
     assert [line.file for line in lines if not line.passed] == ["kernels/group_norm_silu.py"]
 
 
-def test_the_table_of_the_kernels_names_every_norm_and_its_bound():
+def test_the_table_of_the_kernels_names_every_norm_and_its_bound(monkeypatch):
+    monkeypatch.setattr(check_kernels, "_times", lambda case, copy: "")  # they compile every reference: minutes
     rows = list(check_kernels.kernel_table(configuration(), DEVICE, torch.bfloat16))
     assert all(within_bound for _, within_bound in rows)
     norms = check_kernels.norms(UNET)
     assert len(rows) == 2 + 5 + 2 * len(norms)
     assert sum("group_norm_silu backward" in row for row, _ in rows) == len(norms)
     assert {norm.dropout for norm in norms if norm.shift} == {0.25}
+
+
+def norm_backward() -> check_kernels.Case:
+    norm = check_kernels.Norm(8, 4, 4, groups=4, silu=True, shift=False, dropout=0.0)
+    return check_kernels._norm_case(norm, "backward", 2, DEVICE, torch.float32, seed=0)
+
+
+@pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
+def test_a_compiled_backward_pass_can_be_repeated_though_the_cache_has_one_that_cannot(monkeypatch):
+    """A backward pass that is compiled to run once may reuse its tensors' memory, and lies in PyTorch's cache."""
+    case, grad = norm_backward(), torch.autograd.grad
+    own = {name: value.clone() for name, value in case.inputs.items()}
+    compiled = torch.compile(partial(ops.group_norm_silu, kernels=False), dynamic=False, fullgraph=True)
+    with monkeypatch.context() as once:
+        once.setattr(torch.autograd, "grad", lambda *given, retain_graph=False, **named: grad(*given, **named))
+        case.prepare(compiled, own)()
+    run = check_kernels._bind(case, kernels=False, compiled=True)
+    assert all(map(torch.equal, run(), run()))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_table_has_times():
+    microseconds, _, _, eager, compiled = check_kernels._times(norm_backward(), 1000.0).split()
+    assert all(float(number) > 0 for number in (microseconds, eager, compiled))

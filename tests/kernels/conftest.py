@@ -2,23 +2,13 @@
 
 import math
 from collections.abc import Callable
+from random import Random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from ddpm_fast.diffusion import noise
-
-# The same examples in every run: a commit that passed passes again. The interpreter takes about 2.6 ms for a program's
-# every step, so shapes are small, and time limits no example.
-settings.register_profile(
-    "kernels",
-    max_examples=10,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # none of ours has a state
-)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NORMAL_ERROR = 4 * 2.0**-23  # of the radius, as kernels/philox.py promises
@@ -66,6 +56,15 @@ def noise_and_error() -> Callable[..., tuple[Tensor, Tensor]]:
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture(params=range(10))
+def draw(request: pytest.FixtureRequest) -> Random:
+    """Choose any arguments that a kernel takes, the same in every run: a commit that passed passes again.
+
+    Small shapes: the interpreter takes about 2.6 ms for a program's every step.
+    """
+    return Random(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.compile_matrix
 SCRIPT = Path(__file__).with_name("compile_all.py")
 ARCHITECTURES = (80, 90, 100)
 ON_IMAGES = {

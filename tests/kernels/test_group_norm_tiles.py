@@ -42,12 +42,11 @@ def good(device: str) -> dict[str, Any]:
     return {"x": x, "weight": torch.ones(32, device=device), "bias": torch.zeros(32, device=device), "groups": 8}
 
 
-def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Move what is to be wrong in one way only to the device."""
-    return {
-        name: value.to(device) if isinstance(value, Tensor) and value.device.type == "cpu" else value
-        for name, value in arguments.items()
-    }
+def on(device: str, value: Any) -> Any:
+    """Move the tensors in a value, which are to be wrong in one way only, to the device."""
+    if isinstance(value, Tensor):
+        return value.to(device) if value.device.type == "cpu" else value
+    return tuple(on(device, one) for one in value) if isinstance(value, tuple) else value
 
 
 BAD: dict[str, dict[str, Any]] = {
@@ -79,7 +78,7 @@ BAD: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("message", BAD)
 def test_refuses(message: str, device: str) -> None:
     with pytest.raises(ValueError, match=message):
-        group_norm_silu(**{**good(device), **on(device, BAD[message])})
+        group_norm_silu(**good(device) | {name: on(device, value) for name, value in BAD[message].items()})
 
 
 @pytest.mark.parametrize("wrong", ["dy", "mean", "rstd"])

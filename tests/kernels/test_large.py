@@ -3,6 +3,9 @@
 Shapes: N images, C channels, H x W pixels.
 """
 
+import fcntl
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from ddpm_fast.kernels.reverse_step import reverse_step
 from ddpm_fast.kernels.timestep_embedding import timestep_embedding
 
 ELEMENTS = 2**31
-MEMORY = 40 * 2**30  # bytes, of which the largest test takes some 30
+MEMORY = 40 * 2**30  # bytes; the largest test's tensors have 12 * 2**30 (x and out of a reverse_step)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +33,15 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def poison() -> None:
     """Leave new tensors alone, unlike the other tests: filling these takes longer than computing them."""
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let one process at a time hold such tensors, and none keep their memory: several may test on one GPU."""
+    with (tmp_path_factory.getbasetemp().parent / "large-tensors").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 def batch(C: int, size: int, dtype: torch.dtype, device: str) -> Tensor:

@@ -43,7 +43,7 @@ def run(counter, key):
     N = counter.shape[1]
     words = torch.zeros_like(counter)
     normals, uniforms = (torch.full(counter.shape, torch.nan, device=counter.device) for _ in range(2))
-    words_kernel[(triton.cdiv(N, 8192),)](words, normals, uniforms, key, counter, N, BLOCK=8192)
+    words_kernel[(triton.cdiv(N, 512),)](words, normals, uniforms, key, counter, N, BLOCK=512)
     return words, normals, uniforms
 
 

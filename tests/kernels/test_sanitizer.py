@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
 PROGRAM = shutil.which("compute-sanitizer") or (str(CUDA) if CUDA.exists() else None)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(PROGRAM is None, reason="compute-sanitizer is not installed")
+@pytest.mark.sanitizer
+@pytest.mark.skipif(not torch.cuda.is_available() or PROGRAM is None, reason="needs a GPU and compute-sanitizer")
 @pytest.mark.timeout(1800)  # it slows kernels down a hundredfold
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):

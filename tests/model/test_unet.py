@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers.models.unets.unet_2d import UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_fast.config import PRESETS, UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
@@ -19,11 +18,12 @@ CONFIGS = {
 SMALL = UNetConfig(3, 8, 8, 16, (1, 2), 1, (4,), groups=4)
 
 
-def diffusers_unet(config: UNetConfig) -> UNet2DModel:
+def diffusers_unet(config: UNetConfig) -> nn.Module:
     """diffusers' model with the arguments of google/ddpm-cifar10-32, whose U-Net is the paper's."""
+    diffusers = pytest.importorskip("diffusers.models.unets.unet_2d")
     levels = range(len(config.channel_multipliers))
     attends = [(config.height >> level) in config.attention_resolutions for level in levels]
-    return UNet2DModel(
+    return diffusers.UNet2DModel(
         sample_size=(config.height, config.width),
         in_channels=config.image_channels,
         out_channels=config.image_channels,
@@ -37,7 +37,7 @@ def diffusers_unet(config: UNetConfig) -> UNet2DModel:
         layers_per_block=config.res_blocks,
         downsample_padding=0,
         act_fn="silu",
-        attention_head_dim=None,  # pyright: ignore[reportArgumentType]
+        attention_head_dim=None,
         norm_num_groups=config.groups,
         norm_eps=1e-6,
         add_attention=True,
