@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 if [ "$tests" = default ]; then # a CPU has no GPU tests
-    [ "$device" = cpu ] && tests="" || tests="-m gpu -n 8"
+    [ "$device" = cpu ] && tests="" || tests="-m gpu -n 8 --dist worksteal"
 fi
 [ -n "$out" ] || out=$("$python" -m bench.timing.machine "$device") || exit 2
 mkdir -p "$out" && log=$out/visit.log || exit 2

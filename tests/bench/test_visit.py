@@ -56,7 +56,7 @@ def test_the_tests_come_first_and_the_report_gets_the_minutes_left(visit, tmp_pa
     assert result.returncode == 0, result.stderr
     assert last_line(result) == f"DONE {folder}"
     _, tests, report = calls
-    assert tests == "-m pytest -q -m gpu -n 8"
+    assert tests == "-m pytest -q -m gpu -n 8 --dist worksteal"
     *start, minutes, out, path, only, group = report.split()
     assert (start, out, path) == (["-m", "bench.report", "--minutes"], "--out", str(folder))
     assert (only, group) == ("--only", "loops")
