@@ -212,7 +212,7 @@ def choose_timesteps(total: int, steps: int, spacing: Spacing) -> Tensor:
         return (total - torch.arange(steps).double() * (total / steps)).round().long().flip(0) - 1
     if spacing == "leading":
         return torch.arange(steps) * (total // steps)
-    return torch.linspace(0, total - 1, steps).round().long()
+    return torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
 
 
 def predict(unet: nn.Module, x_t: Tensor, t: int, process: ForwardProcess) -> tuple[Tensor, Tensor]:
