@@ -46,7 +46,7 @@ def make_betas(config: DiffusionConfig) -> Tensor:
 class ForwardProcess:
     """q(x_t | x_start) is normal, with mean sqrt(alpha_bar[t]) * x_start and variance 1 - alpha_bar[t] (Equation 4).
 
-    A sampler may visit only K of the T timesteps: a process too, of K longer steps (Nichol and Dhariwal 2021, Section 4).
+    A sampler may visit only K of the T timesteps: a process of K longer steps (Nichol and Dhariwal 2021, Section 4).
     """
 
     def __init__(self, config: DiffusionConfig, visited: Tensor | None = None) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ddpm_fast import textbook
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, SamplerConfig, TrainingConfig, UNetConfig
-from ddpm_fast.execution import EAGER, Execution, can_compile_for_cpu, choose_tf32
-from ddpm_fast.loop import ImageRange, Loop, sample
-from ddpm_fast.noise import NoiseAddress, Stream, first_word, key_from_seed, normal, timesteps, words_below
-from ddpm_fast.samplers import sampler_table
-from ddpm_fast.trainer import Trainer
+from ddpm_fast.diffusion.noise import NoiseAddress, Stream, first_word, key_from_seed, normal, timesteps, words_below
+from ddpm_fast.diffusion.samplers import sampler_table
+from ddpm_fast.engine.execution import EAGER, Execution, can_compile_for_cpu, choose_tf32
+from ddpm_fast.engine.sampling import ImageRange, Loop, sample
+from ddpm_fast.engine.trainer import Trainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (3, 8, 8)

@@ -84,6 +84,12 @@ def test_no_two_modules_import_each_other():
     assert cycles(edges) == []
 
 
+def test_the_textbook_stands_alone():
+    assert {room(name) for name in own(PACKAGE / "textbook.py")} == {"config"}
+    importers = [module_of(path) for path in ENGINE if any(room(name) == "textbook" for name in own(path))]
+    assert [name for name in importers if room(name) != "checks"] == []
+
+
 def test_rooms_re_export_nothing():
     for path in PACKAGE.glob("*/__init__.py"):
         assert path.parent.name == "ops" or path.read_text() == "", path

@@ -10,7 +10,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from bench.peer_diffusers import unet as diffusers_unet
+from bench.peers.diffusers import unet as diffusers_unet
 from ddpm_fast import textbook
 from ddpm_fast.config import PRESETS, Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
 from ddpm_fast.textbook import ForwardProcess
