@@ -141,7 +141,8 @@ class UNet(nn.Module):
         weight = torch.cat([block.time_emb_proj.weight for block in blocks])
         bias = torch.cat([block.time_emb_proj.bias for block in blocks])
         conv_bias = torch.cat([block.conv1.bias for block in blocks if block.conv1.bias is not None])
-        return F.linear(F.silu(embedding), weight, bias + conv_bias)
+        # Added to the product, not to its bias: both would then be handed one gradient, which is changed in place.
+        return F.linear(F.silu(embedding), weight, bias) + conv_bias
 
     def forward(self, x: Tensor, t: Tensor, noise: NoiseAddress | None = None) -> Tensor:
         """Predict from x_t [N, C, H, W] at timesteps t [N]; `noise` is dropout's address in training."""

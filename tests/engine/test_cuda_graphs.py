@@ -165,11 +165,23 @@ def losses(trainer: Trainer, steps: int = 2 + WARM_UP_STEPS) -> list[float]:
     return found + [float(average.sum()) for average in trainer.ema.values()]
 
 
+def gradients(trainer: Trainer) -> list[Tensor]:
+    return [parameter.grad for parameter in trainer.parameters.values() if parameter.grad is not None]
+
+
+def test_no_two_parameters_share_a_gradient():
+    """Accumulating and clipping change gradients in place."""
+    trainer = Trainer(configuration(), batch, DEVICE)
+    trainer.train_step_no_sync()
+    assert len({gradient.data_ptr() for gradient in gradients(trainer)}) == len(trainer.parameters)
+
+
 @pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
 def test_compiled_training_takes_the_eager_steps_and_can_be_cached():
     counters.clear()
     trainer = Trainer(configuration(), batch, DEVICE, Execution(compiled=True))
     assert losses(trainer) == pytest.approx(losses(Trainer(configuration(), batch, DEVICE)), rel=1e-3, abs=1e-3)
+    assert len({gradient.data_ptr() for gradient in gradients(trainer)}) == len(gradients(trainer))
     assert counters["aot_autograd"]["total"] == 1
     assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
     trainer.bad_step.fill_(0)
