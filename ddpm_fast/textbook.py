@@ -4,13 +4,13 @@
     UNet                   looks at a noisy image and tells the noise from the image
     training_loss, train   teach it to: Algorithm 1
     sample_ddpm            goes back from noise to an image: Algorithm 2
-    sample_ddim            does so in fewer steps, and without fresh noise where eta is 0 (Song et al. 2021)
+    sample_ddim            does so in fewer steps, and with no fresh noise where eta is 0 (Song et al. 2021)
     sample_dpm_solver      does so in fewer still: DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095)
     main                   learns handwritten digits on a CPU in a minute or two: `python -m ddpm_fast.textbook`
 
 Equations, algorithms and sections are the paper's unless another is named. The code's t = 0..T-1 is the paper's t - 1;
 x_start is its x_0, an image in [-1, 1]; x_t is that image at timestep t; eps is standard normal noise.
-Shapes: N images, C channels, H x W pixels, T timesteps, E = 4 * channels, the width of the time embedding.
+Shapes: N images, C channels, H x W pixels, T timesteps, K of them visited, E = 4 * channels in the time embedding.
 
 `random` is where random numbers come from: torch, or anything with functions like its randn, randint and rand. Given
 the engine's numbers, this file computes the engine's losses and images, and the tests hold the engine to it. What the
@@ -52,7 +52,7 @@ class ForwardProcess:
     def __init__(self, config: DiffusionConfig, visited: Tensor | None = None) -> None:
         self.config = config
         self.timesteps = torch.arange(config.timesteps) if visited is None else visited  # what the U-Net is told
-        self.alpha_bar = torch.cumprod(1 - make_betas(config), dim=0)[self.timesteps]
+        self.alpha_bar = torch.cumprod(1 - make_betas(config), dim=0)[self.timesteps]  # [T] or [K] float64
         self.alpha_bar_prev = torch.cat([torch.ones_like(self.alpha_bar[:1]), self.alpha_bar[:-1]])  # that of t - 1
 
 
@@ -93,13 +93,13 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """What works at one resolution: ResBlocks, each followed by attention or nothing, then a change of resolution."""
+    """The layers at one resolution: ResBlocks, each followed by attention or nothing, then a resizer or none."""
 
     def __init__(self, inputs: list[int], width: int, attends: bool, config: UNetConfig) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(channels, width, config) for channels in inputs)
         self.attentions = nn.ModuleList(Attention(width, config) if attends else nn.Identity() for _ in inputs)
-        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()  # one of either, or none
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()  # the U-Net adds one to either
 
 
 class UNet(nn.Module):
@@ -115,16 +115,16 @@ class UNet(nn.Module):
         self.time_embedding = nn.Sequential(OrderedDict(linear_1=linear_1, silu=nn.SiLU(), linear_2=linear_2))
         self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
         self.down_blocks: Any = nn.ModuleList()
-        skips = [widths[0]]  # channels of what the way down keeps for the way up
+        skips = [widths[0]]  # channels of each tensor that the way down hands to the way up
         for i, width in enumerate(widths):
             level = Level([skips[-1]] + [width] * (config.res_blocks - 1), width, attends[i], config)
-            if i < last:  # padded on the right and bottom only, as TensorFlow does, which the paper used
+            if i < last:  # padded on the right and bottom only, as in TensorFlow, which the paper used
                 pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
                 level.downsamplers.append(nn.Sequential(OrderedDict(pad=pad, conv=conv)))
             self.down_blocks.append(level)
             skips += [width] * (config.res_blocks + (i < last))
         self.mid_block: Any = Level([widths[-1]] * 2, widths[-1], True, config)
-        self.mid_block.attentions[1] = nn.Identity()
+        self.mid_block.attentions[1] = nn.Identity()  # ResBlock, attention, ResBlock
         self.up_blocks: Any = nn.ModuleList()
         channels = widths[-1]
         for i, width in reversed(list(enumerate(widths))):
@@ -136,7 +136,7 @@ class UNet(nn.Module):
             self.up_blocks.append(level)
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
-        for name, parameter in self.named_parameters():  # as in the paper's code
+        for name, parameter in self.named_parameters():  # initial weights, as in the paper's code
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:  # what a residual branch adds, and the output, begin near zero
@@ -149,7 +149,7 @@ class UNet(nn.Module):
         i = torch.arange(half, dtype=torch.float64, device=t.device)
         angles = t[:, None] * torch.exp(-math.log(10000) * i / max(half - 1, 1))  # Vaswani et al. 2017, Section 3.5
         embedding = self.time_embedding(torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype))  # [N, E]
-        h = self.conv_in(x.to(dtype))
+        h = self.conv_in(x.to(dtype))  # from float64 in training
         skips = [h]
         for level in self.down_blocks:
             for block, attention in zip(level.resnets, level.attentions, strict=True):
@@ -174,21 +174,21 @@ def training_loss(unet: nn.Module, images: Tensor, config: Config, random: Any =
     x_start = images / 127.5 - 1
     if config.data.flip:
         x_start = torch.where(random.rand((N, 1, 1, 1)) < 0.5, x_start.flip(-1), x_start)
-    t = random.randint(config.diffusion.timesteps, (N,))
-    eps = random.randn(x_start.shape)
+    t = random.randint(config.diffusion.timesteps, (N,))  # line 3
+    eps = random.randn(x_start.shape)  # line 4
     alpha_bar = ForwardProcess(config.diffusion).alpha_bar[t].view(N, 1, 1, 1)
     x_t = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * eps  # Equation 4
     v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_start  # Salimans and Ho 2022, Appendix D
     target = {"eps": eps, "x0": x_start, "v": v}[prediction]
     snr = alpha_bar / (1 - alpha_bar)  # min-SNR weights the error of x_start by min(snr, gamma): Hang et al. 2023
     weight = snr.clamp(max=gamma) / {"eps": snr, "x0": 1, "v": snr + 1}[prediction] if gamma > 0 else 1
-    return (weight * (unet(x_t, t) - target) ** 2).mean()  # Equation 14
+    return (weight * (target - unet(x_t, t)) ** 2).mean()  # line 5, Equation 14
 
 
 def train(
     unet: nn.Module, ema: nn.Module, batches: Iterable[tuple[int, Tensor]], config: Config, random: Any = torch
 ) -> Iterator[float]:
-    """Train on batches numbered from 0, let ema follow, and yield each loss: Algorithm 1 and Appendix B's settings."""
+    """Train on batches numbered from 0, let ema follow, and yield each loss: Algorithm 1, settings of Appendix B."""
     training = config.training
     optimizer = torch.optim.Adam(unet.parameters())
     for step, images in batches:
@@ -207,7 +207,7 @@ def train(
 
 
 def choose_timesteps(total: int, steps: int, spacing: Spacing) -> Tensor:
-    """Choose the K of `total` timesteps that a sampler visits: [K] int64, ascending (Lin et al. 2024, Table 2)."""
+    """Choose which K = steps of T = total timesteps a sampler visits: [K], ascending (Lin et al. 2024, Table 2)."""
     if spacing == "trailing":
         return (total - torch.arange(steps).double() * (total / steps)).round().long().flip(0) - 1
     if spacing == "leading":
@@ -216,7 +216,7 @@ def choose_timesteps(total: int, steps: int, spacing: Spacing) -> Tensor:
 
 
 def predict(unet: nn.Module, x_t: Tensor, t: int, process: ForwardProcess) -> tuple[Tensor, Tensor]:
-    """Return the x_start and the eps that x_t is made of, as the U-Net sees it; x_start clipped if so configured."""
+    """Return the x_start and eps that x_t is made of according to the U-Net; x_start is clipped if configured so."""
     output = unet(x_t, process.timesteps[t].expand(len(x_t)))
     a, b = process.alpha_bar[t].sqrt(), (1 - process.alpha_bar[t]).sqrt()
     if process.config.prediction == "eps":
@@ -259,12 +259,12 @@ def sample_dpm_solver(unet: nn.Module, x: Tensor, process: ForwardProcess) -> Te
     """Turn noise into images: Lu et al. 2022, Algorithm 2, whose alpha and sigma are the weights in Equation 4."""
     alpha, sigma = process.alpha_bar.sqrt(), (1 - process.alpha_bar).sqrt()
     alpha_prev, sigma_prev = process.alpha_bar_prev.sqrt(), (1 - process.alpha_bar_prev).sqrt()
-    h = (alpha_prev / sigma_prev).log() - (alpha / sigma).log()  # of lambda; infinite at t = 0
+    h = (alpha_prev / sigma_prev).log() - (alpha / sigma).log()  # steps in lambda; infinite at t = 0
     x_start_before = None
     for t in reversed(range(len(process.timesteps))):
         x_start, _ = predict(unet, x, t, process)
         D = x_start
-        if x_start_before is not None and t > 0:  # else of first order: in the first step and in the infinite one
+        if x_start_before is not None and t > 0:  # else first order: at the first step, and at the infinite one
             r = h[t + 1] / h[t]
             D = (1 + 1 / (2 * r)) * x_start - 1 / (2 * r) * x_start_before
         x = sigma_prev[t] / sigma[t] * x - alpha_prev[t] * (torch.exp(-h[t]) - 1) * D
