@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, the only source of a default, and the table of presets.
+"""What a run is: frozen dataclasses, the only source of a default.
 
 Shapes: N images, C channels, H x W pixels, T diffusion timesteps. Imports nothing heavy, so that
 `ddpm-fast --help` answers at once.
@@ -206,61 +206,6 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-
-
-_PAPER_256 = UNetConfig(height=256, width=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
-
-PRESETS: dict[str, Config] = {
-    # 1,797 handwritten digits of 8x8: two minutes on two CPU cores. One ResBlock a level and the cosine
-    # schedule gave the best samples of the settings tried in that time.
-    "digits": Config(
-        preset="digits",
-        unet=UNetConfig(1, 8, 8, 32, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=8),
-        diffusion=DiffusionConfig(schedule="cosine", variance="small"),
-        data=DataConfig(data="digits"),
-        training=TrainingConfig(
-            steps=1200,
-            batch_size=64,
-            learning_rate=1e-3,
-            warmup_steps=100,
-            ema_decay=0.995,
-            save_every=600,
-            sample_every=300,
-        ),
-    ),
-    "mnist": Config(
-        preset="mnist",
-        unet=UNetConfig(1, 28, 28, channels=64, channel_multipliers=(1, 2, 2), attention_resolutions=(14,)),
-        training=TrainingConfig(steps=40_000, warmup_steps=1000, ema_decay=0.999),
-    ),
-    # Ho et al. 2020, Appendix B.
-    "cifar10": Config(preset="cifar10", unet=UNetConfig(dropout=0.1), data=DataConfig(flip=True)),
-    "church256": Config(
-        preset="church256",
-        unet=_PAPER_256,
-        diffusion=DiffusionConfig(variance="small"),
-        data=DataConfig(flip=True),
-        training=TrainingConfig(steps=1_200_000, batch_size=64, learning_rate=2e-5),
-    ),
-    "celebahq256": Config(
-        preset="celebahq256",
-        unet=_PAPER_256,
-        diffusion=DiffusionConfig(variance="small"),
-        data=DataConfig(flip=True),
-        training=TrainingConfig(steps=500_000, batch_size=64, learning_rate=2e-5),
-    ),
-}
-
-
-def preset(name: str) -> Config:
-    """Return the preset of that name.
-
-    Raises:
-        InputError: there is none; the nearest name is suggested.
-    """
-    if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
-    return PRESETS[name]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from bench.op_work import MOST_SETS, builders, forms
 from bench.peers import OURS, compare, contenders
 from bench.work import parameters, unet_bytes, unet_elements, unet_flop
 from ddpm_fast.checks.kernels import norms
-from ddpm_fast.config import PRESETS, Config, TrainingConfig, UNetConfig
+from ddpm_fast.config import Config, TrainingConfig, UNetConfig
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.presets import PRESETS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CIFAR = CONFIGURATIONS["cifar10"].unet

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from ddpm_fast import config
-from ddpm_fast.config import PRESETS, Config, DiffusionConfig, InputError, TrainingConfig, UNetConfig
+from ddpm_fast import config, presets
+from ddpm_fast.config import Config, DiffusionConfig, InputError, TrainingConfig, UNetConfig
+from ddpm_fast.presets import PRESETS
 
 # dataclass, field, bad value, and what the message must say beside the field and the value
 BAD = [
@@ -115,9 +116,9 @@ def test_bad_value_inside_a_saved_configuration_is_refused():
 )
 def test_unknown_preset_is_refused_and_the_nearest_suggested(name, suggestion):
     with pytest.raises(InputError, match=f"unknown preset '{name}'.*Did you mean '{suggestion}'"):
-        config.preset(name)
+        presets.preset(name)
     with pytest.raises(InputError, match="the presets are digits, mnist, cifar10") as caught:
-        config.preset("zzz")
+        presets.preset("zzz")
     assert "Did you mean" not in str(caught.value)
 
 

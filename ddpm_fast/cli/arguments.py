@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddpm_fast.config import PRESETS, Config, InputError, Precision, SamplerConfig, Spacing
+from ddpm_fast.config import Config, InputError, Precision, SamplerConfig, Spacing
+from ddpm_fast.presets import PRESETS
 
 
 @dataclass(frozen=True)

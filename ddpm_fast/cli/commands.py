@@ -25,6 +25,7 @@ from ddpm_fast.engine.execution import (
 )
 from ddpm_fast.engine.sampling import ImageRange, Loop
 from ddpm_fast.engine.sampling import sample as sample_images
+from ddpm_fast.files import replace_file, writing
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.grids import grid, save_animation, save_image, to_uint8
@@ -124,7 +125,7 @@ def sample(arguments: SampleArguments) -> int:
     run = found.path.parent.parent if found.path.parent.name == "checkpoints" else found.path
     name = f"{arguments.sampler}-{steps}-seed{arguments.seed}"
     directory = Path(arguments.out) if arguments.out else run / "samples" / name
-    with checkpoint.writing(directory):
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()
@@ -149,7 +150,7 @@ def sample(arguments: SampleArguments) -> int:
     seconds = time.perf_counter() - started
     _write_samples(directory, images, samples)
     if arguments.animate:
-        with checkpoint.writing(directory):
+        with writing(directory):
             save_animation(directory / "animation.gif", [to_uint8(frame) for frame in frames])
     facts = {
         **{k: v for k, v in asdict(arguments).items() if k in ("seed", "first_index", "count", "sampler", "eta")},
@@ -164,8 +165,8 @@ def sample(arguments: SampleArguments) -> int:
         "graph_megabytes": round(loop.graph_bytes / 1e6, 1),
         "seconds": round(seconds, 3),
     }
-    with checkpoint.writing(directory):
-        checkpoint.replace_file(directory / "samples.json", checkpoint.to_json(facts))
+    with writing(directory):
+        replace_file(directory / "samples.json", checkpoint.to_json(facts))
     how = f"{device.type}, {facts['precision']}, {execution}"
     print(f"{arguments.count} images in {seconds:.1f} s on {how}: {directory} (grid.png shows them all)")
     return 0
@@ -175,7 +176,7 @@ def _write_samples(directory: Path, images: ImageRange, samples: Tensor) -> None
     pixels = to_uint8(samples)
     for number, image in enumerate(pixels, start=images.first):
         save_image(directory / f"{number:06d}.png", image)
-    with checkpoint.writing(directory):
+    with writing(directory):
         grid(pixels).save(directory / "grid.png")
 
 

@@ -21,8 +21,8 @@ from ddpm_fast.config import (
     InputError,
     MathematicsError,
     nearest,
-    preset,
 )
+from ddpm_fast.presets import preset
 
 T = TypeVar("T")
 

@@ -9,9 +9,8 @@ and needs nothing else to be sampled from.
 
 import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ddpm_fast.config import Config, InputError, from_dict, to_dict
+from ddpm_fast.files import replace_file, whole, write_synced
 
 FORMAT = "ddpm-fast checkpoint 1"
 PARTS = ("model", "ema", "optimizer")
@@ -49,42 +49,6 @@ class Checkpoint:
             raise InputError(_unreadable(file, error)) from None
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write below `path` (no permission, disk full) into one line."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"cannot write {path}: {reason}; free some space or choose another --out") from None
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write_synced(temporary, data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def to_json(value: Any) -> bytes:
     """Serialise to indented JSON with a final newline."""
     return (json.dumps(value, indent=2) + "\n").encode()
@@ -105,24 +69,16 @@ def save(run: Path, step: int, config: Config, fingerprint: str, parts: Mapping[
     """
     directory = run / "checkpoints"
     path = directory / f"step-{step:07d}"
-    temporary = directory / f".{path.name}.tmp"
+    for left_over in directory.glob(".step-*"):  # by a run that was killed while it saved
+        shutil.rmtree(left_over, ignore_errors=True)
     state = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "config": to_dict(config)}
-    with writing(path):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for part in PARTS:
-                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
-                write_synced(temporary / f"{part}.safetensors", safetensors.torch.save(tensors))
-            write_synced(temporary / "state.json", to_json(state))
-            _sync_directory(temporary)
-            if path.exists():  # left by a run that was resumed from an older checkpoint
-                shutil.rmtree(path)
-            temporary.rename(path)
-            replace_file(directory / "latest", f"{path.name}\n".encode())
-            _sync_directory(directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with whole(path) as temporary:
+        temporary.mkdir()
+        for part in PARTS:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
+            write_synced(temporary / f"{part}.safetensors", safetensors.torch.save(tensors))
+        write_synced(temporary / "state.json", to_json(state))
+    replace_file(directory / "latest", f"{path.name}\n".encode())
     return path
 
 

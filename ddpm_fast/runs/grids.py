@@ -3,7 +3,6 @@
 Shapes: N images, H x W pixels, C channels; pixels are uint8 [N, H, W, C].
 """
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddpm_fast.config import InputError
+from ddpm_fast.files import whole
 
 Pixels = NDArray[np.uint8]
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -45,17 +44,8 @@ def save_picture(path: Path, image: Image.Image, **options: object) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, sync=False) as temporary:  # a picture can be made again
         image.save(temporary, **options)  # pyright: ignore[reportArgumentType]
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"cannot write {path}: {reason}; free some space or choose another --out") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def save_image(path: Path, pixels: Pixels) -> None:

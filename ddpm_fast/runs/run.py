@@ -13,7 +13,6 @@ import platform
 import signal
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ddpm_fast import __version__
 from ddpm_fast.config import Config, InputError, MathematicsError, SamplerConfig, from_dict, to_dict, with_training
 from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
@@ -30,6 +30,7 @@ from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import choose_device, choose_execution
 from ddpm_fast.engine.sampling import ImageRange, Loop, sample
 from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.files import replace_file, writing
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.grids import save_normalized_and_raw, to_uint8
 
@@ -119,11 +120,11 @@ def prepare(run: Path, config: Config, fingerprint: str, step: int) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    with checkpoint.writing(run):
+    with writing(run):
         run.mkdir(parents=True, exist_ok=True)
-        versions = {name: version(name) for name in ("ddpm-fast", "torch")} | {"python": platform.python_version()}
+        versions = {"ddpm-fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
         values = {"fingerprint": fingerprint, "versions": versions, "config": to_dict(config)}
-        checkpoint.replace_file(run / "config.json", checkpoint.to_json(values))
+        replace_file(run / "config.json", checkpoint.to_json(values))
         _cut_metrics(run / "metrics.jsonl", step)
 
 
@@ -138,7 +139,7 @@ def _cut_metrics(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    checkpoint.replace_file(path, "".join(f"{line}\n" for line in kept).encode())
+    replace_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 class Signals:
@@ -248,7 +249,7 @@ class Run:
             },
         }
         self._since, self._since_step = now, trainer.step
-        with checkpoint.writing(self.directory / "metrics.jsonl"), (self.directory / "metrics.jsonl").open("a") as file:
+        with writing(self.directory / "metrics.jsonl"), (self.directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         for name in ("loss", "gradient_norm", "learning_rate"):
             self.board.add_scalar(name, metrics[name], trainer.step)
@@ -289,7 +290,7 @@ class Run:
                 self.loop.load_weights(averaged)
         samples = sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.progress)
         directory = self.directory / "samples"
-        with checkpoint.writing(directory):
+        with writing(directory):
             directory.mkdir(exist_ok=True)
         save_normalized_and_raw(samples, directory, f"step-{self.trainer.step:07d}")
         if unet.image_channels in (1, 3):

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ddpm_fast.cli import main as cli
-from ddpm_fast.config import PRESETS, InputError
+from ddpm_fast.config import InputError
+from ddpm_fast.presets import PRESETS
 
 TINY = "--channels 8 --channel-multipliers 1 --res-blocks 1 --attention-resolutions --groups 4 --batch-size 4"
 TINY_RUN = f"{TINY} --steps 3 --sample-every 0 --timesteps 25 --schedule linear --beta-end 0.5 --device cpu"
@@ -183,7 +184,7 @@ def test_help_explains_every_field(capsys):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from ddpm_fast.cli import main as cli\ntry: cli.main(['train', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from ddpm_fast.cli.main import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", code + "assert 'torch' not in sys.modules"],
         capture_output=True,

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from ddpm_fast.config import (
-    PRESETS,
     Config,
     DiffusionConfig,
     MathematicsError,
@@ -25,6 +24,7 @@ from ddpm_fast.engine.execution import Execution, can_compile_for_cpu
 from ddpm_fast.engine.sampling import GRAPH_STEPS, MOST_STAGES, ImageRange, Loop, sample
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.presets import PRESETS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CAPTURED = Execution(captured=True)

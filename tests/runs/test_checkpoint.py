@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast.config import PRESETS, InputError
+from ddpm_fast.config import InputError
+from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import checkpoint
 
 PARTS = {part: {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1.0)} for part in checkpoint.PARTS}
