@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddpm_fast.config import InputError
+from ddpm_fast.errors import InputError
 
 ANOTHER_OUT = "choose another --out"
 """What else helps where a run or images cannot be written."""

@@ -13,10 +13,10 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ENGINE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "kernels"]
 OURS = [*ENGINE, *KERNELS, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 
-ROOMS = ["config", "constants", "presets", "files", "diffusion", "ops", "model", "engine", "runs", "checks", "api", "cli"]
+ROOMS = ["errors", "config", "constants", "presets", "files", "diffusion", "ops", "model", "engine", "runs", "checks"]
+ROOMS += ["api", "cli", "__main__", "__init__"]  # the ways in
 """From left to right: a room imports itself and what is left of it."""
-ROOMS += ["__main__", "__init__"]  # the two ways in: the command line, and the package's names for the API
-DATA = {"data", "config", "files", "diffusion.noise"}
+DATA = {"data", "errors", "config", "files", "diffusion.noise"}
 """What the room `data` imports; the engine and what is right of it may import data."""
 
 

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddpm_fast.config import Config, InputError, Precision, SamplerConfig, Spacing
+from ddpm_fast.config import Config, Precision, SamplerConfig, Spacing
+from ddpm_fast.errors import InputError
 from ddpm_fast.presets import PRESETS
 
 

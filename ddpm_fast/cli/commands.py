@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm_fast.checks.mathematics import check_run, check_start, report, report_kernels
 from ddpm_fast.cli.arguments import SampleArguments
-from ddpm_fast.config import Config, InputError, Precision, with_training
+from ddpm_fast.config import Config, Precision, with_training
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import (
@@ -25,6 +25,7 @@ from ddpm_fast.engine.execution import (
 )
 from ddpm_fast.engine.sampling import ImageRange, Loop
 from ddpm_fast.engine.sampling import sample as sample_images
+from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file, writing
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.runs import checkpoint

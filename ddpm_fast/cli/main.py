@@ -17,11 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from ddpm_fast.cli.arguments import CheckArguments, SampleArguments, TrainArguments
-from ddpm_fast.config import (
-    InputError,
-    MathematicsError,
-    nearest,
-)
+from ddpm_fast.errors import InputError, MathematicsError, nearest
 from ddpm_fast.presets import preset
 
 T = TypeVar("T")

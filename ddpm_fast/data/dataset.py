@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from ddpm_fast.config import DataConfig, InputError, UNetConfig, nearest
+from ddpm_fast.config import DataConfig, UNetConfig
 from ddpm_fast.data.arrays import read_array
 from ddpm_fast.data.image_files import Unusable, decode, fit, is_picture
+from ddpm_fast.errors import InputError, nearest
 from ddpm_fast.files import cache_directory, whole
 
 Result = TypeVar("Result")
@@ -61,7 +62,9 @@ def open_dataset(data: DataConfig, unet: UNetConfig, progress: bool = False) -> 
     """
     shape = (unet.height, unet.width, unet.image_channels)
     if unet.image_channels > 4:
-        raise InputError(f"image_channels is {unet.image_channels}: images have 1 (grey), 2 (and alpha), 3 (RGB) or 4")
+        raise InputError(
+            f"--image-channels is {unet.image_channels}: images have 1 (grey), 2 (and alpha), 3 (RGB) or 4"
+        )
     if not data.data:
         raise InputError("this preset has no data of its own: name --data, a folder of images or a .npy/.npz file")
     if data.data == "digits":

@@ -19,7 +19,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ddpm_fast.config import Config, InputError, from_dict, to_dict
+from ddpm_fast.config import Config, from_dict, to_dict
+from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file, whole, write_synced
 
 FORMAT = "ddpm-fast checkpoint 1"

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ddpm_fast import __version__
-from ddpm_fast.config import Config, InputError, MathematicsError, SamplerConfig, from_dict, to_dict, with_training
+from ddpm_fast.config import Config, SamplerConfig, from_dict, to_dict, with_training
 from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import key_from_seed
@@ -30,6 +30,7 @@ from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import choose_device, choose_execution
 from ddpm_fast.engine.sampling import ImageRange, Loop, sample
 from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import replace_file, writing
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.grids import save_normalized_and_raw, to_uint8

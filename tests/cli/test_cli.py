@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ddpm_fast.cli import main as cli
-from ddpm_fast.config import InputError
+from ddpm_fast.errors import InputError
 from ddpm_fast.presets import PRESETS
 
 TINY = "--channels 8 --channel-multipliers 1 --res-blocks 1 --attention-resolutions --groups 4 --batch-size 4"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast.config import InputError
+from ddpm_fast.errors import InputError
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import checkpoint
 
