@@ -3,14 +3,14 @@
     checkpoints/step-0005000/   model.safetensors ema.safetensors optimizer.safetensors state.json
     checkpoints/latest          the name of the newest whole checkpoint
 
-A checkpoint is written into a temporary directory, synced, and renamed into place. It carries its configuration
-and needs nothing else to be sampled from.
+A checkpoint is written into a temporary directory, synced, and renamed into place. It carries its configuration:
+ema.safetensors and state.json are all that sampling needs, wherever they are copied to; resuming needs all four files.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ddpm_fast.files import replace_file, whole, write_synced
 
 FORMAT = "ddpm-fast checkpoint 1"
 PARTS = ("model", "ema", "optimizer")
+"""What resuming needs."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"{path} is missing, truncated or not a ddpm-fast checkpoint ({str(error).splitlines()[0]}); use another one"
 
 
-def read(path: Path) -> Checkpoint:
-    """Open a checkpoint directory.
+def read(path: Path, parts: Sequence[str] = PARTS) -> Checkpoint:
+    """Open a checkpoint directory of which only some parts are needed.
 
     Raises:
-        InputError: it is missing, incomplete, foreign, or holds a configuration that this version refuses.
+        InputError: it is missing, foreign, lacks a part, or holds a configuration that this version refuses.
     """
     file = path / "state.json"
     try:
@@ -107,7 +108,7 @@ def read(path: Path) -> Checkpoint:
         raise InputError(f"{file}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(_unreadable(file, error)) from None
-    for part in PARTS:
+    for part in parts:
         _check_complete(path / f"{part}.safetensors")
     return found
 
@@ -121,20 +122,20 @@ def _check_complete(file: Path) -> None:
         raise InputError(_unreadable(file, error)) from None
 
 
-def newest(run: Path) -> Checkpoint | None:
-    """Return the newest whole checkpoint of a run, or None: `latest` first, then by step."""
+def newest(run: Path, parts: Sequence[str] = PARTS) -> Checkpoint | None:
+    """Return the newest checkpoint of a run whose parts are whole, or None: `latest` first, then by step."""
     directory = run / "checkpoints"
     names = sorted((entry.name for entry in directory.glob("step-*")), reverse=True)
     with contextlib.suppress(OSError, UnicodeDecodeError):
         names.insert(0, (directory / "latest").read_text().strip())
     for name in names:
         with contextlib.suppress(InputError):
-            return read(directory / name)
+            return read(directory / name, parts)
     return None
 
 
-def resolve(path: Path) -> Checkpoint:
-    """Find the checkpoint that RUN_OR_CHECKPOINT means.
+def resolve(path: Path, parts: Sequence[str] = PARTS) -> Checkpoint:
+    """Find the checkpoint that RUN_OR_CHECKPOINT means, of which only some parts are needed.
 
     Raises:
         InputError: there is none; a file (a pickle, say) is refused by what it is.
@@ -146,11 +147,11 @@ def resolve(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise InputError(f"{path} does not exist: name a run directory or one of its checkpoints/step-*")
     if (path / "state.json").exists():
-        return read(path)
-    found = newest(path)
+        return read(path, parts)
+    found = newest(path, parts)
     if found is not None:
         return found
     names = sorted(entry.name for entry in (path / "checkpoints").glob("step-*"))
     if names:
-        return read(path / "checkpoints" / names[-1])  # raises, saying what is wrong with it
+        return read(path / "checkpoints" / names[-1], parts)  # raises, saying what is wrong with it
     raise InputError(f"{path} holds no checkpoint: name a run directory or one of its checkpoints/step-*")
