@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ddpm_fast.errors import InputError, flag, nearest, require, require_seed, require_types
+from ddpm_fast.errors import InputError, flag, require, require_known, require_seed, require_types
 
 Prediction = Literal["eps", "x0", "v"]
 Variance = Literal["small", "large"]
@@ -264,8 +264,7 @@ def _part_from_dict(cls: type, values: Any) -> Any:
     if not isinstance(values, dict):
         raise InputError(f"the configuration's {cls.__name__} is {type(values).__name__}, not an object")
     known = {f.name for f in dataclasses.fields(cls)}
-    for name in values:
-        require(name in known, f"unknown configuration key {name!r}.{nearest(name, known)}")
+    require_known("configuration key", values, known)
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Collection, Iterable
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 MEANT = {
     "amp": "precision",
@@ -74,10 +74,19 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a name that is not known, and suggest the nearest."""
+    for name in names:
+        require(name in known, f"unknown {what} {name!r}.{nearest(name, known)}")
+
+
 def require_types(part: Any) -> None:
     """Refuse values of a wrong type, which Python and JSON let through."""
     for f in dataclasses.fields(part):
-        value, kind, is_value = getattr(part, f.name), f.type, f"{flag(f.name)} is {getattr(part, f.name)!r}"
+        value, kind = getattr(part, f.name), f.type
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        is_value = f"{flag(f.name)} is {value!r}"
         if get_origin(kind) is Literal:
             choices = get_args(kind)
             suggestion = nearest(str(value), choices)

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, one sentence when they cannot be written, and where the cache is."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,6 +30,20 @@ def writing(path: Path, remedy: str = ANOTHER_OUT) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot write {path}: {reason}; free some space or {remedy}") from None
+
+
+def require_writable(directory: Path) -> None:
+    """Refuse, before the work and without making it, a directory that could not be made or written to.
+
+    Raises:
+        InputError: the nearest directory above it that exists is a file, or not ours to write to.
+    """
+    with writing(directory):
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
-from ddpm_fast.errors import InputError, nearest, require
+from ddpm_fast.errors import InputError, nearest, require_known
 
 _PAPER_256 = UNetConfig(height=256, width=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
 
@@ -73,8 +73,7 @@ def with_flags(config: Config, flags: Mapping[str, Any]) -> Config:
     """
     parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "preset"}
     known = [f.name for part in parts.values() for f in dataclasses.fields(part)]
-    for name in flags:
-        require(name in known, f"unknown keyword {name!r}.{nearest(name, known)}")
+    require_known("keyword", flags, known)
     for owner, part in parts.items():
         own = {f.name: _plain(flags[f.name]) for f in dataclasses.fields(part) if f.name in flags}
         parts[owner] = dataclasses.replace(part, **own)

@@ -3,6 +3,7 @@
 Shapes: N images, H x W pixels, C channels; pixels are uint8 [N, H, W, C].
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +111,27 @@ def save_animation(path: Path, frames: list[Pixels], milliseconds: int = 60) -> 
     pictures = [grid(frame).convert("RGB") for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [2000]
     save_picture(path, pictures[0], save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+class Images(list[Image.Image]):
+    """Sampled images as a list, which a notebook shows as one grid."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        """Take pixels [N, H, W, C]; each becomes a Pillow image of mode L, LA, RGB or RGBA."""
+        super().__init__(to_image(image) for image in pixels)
+
+    def grid(self, columns: int | None = None) -> Image.Image:
+        """Lay out the images that the list holds now, row by row, enlarged as the eye needs.
+
+        Raises:
+            ValueError: there are none.
+        """
+        pixels = [np.asarray(image).reshape(image.height, image.width, -1) for image in self]
+        return grid(np.stack(pixels) if pixels else np.zeros((0, 1, 1, 1), np.uint8), columns)
+
+    def _repr_png_(self) -> bytes | None:
+        if not self:
+            return None
+        png = io.BytesIO()
+        self.grid().save(png, "png")
+        return png.getvalue()
