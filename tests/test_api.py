@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("tyro")
 import ddpm_fast
 from ddpm_fast.cli import main as cli
 from ddpm_fast.config import (

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+pytest.importorskip("tyro")
 from ddpm_fast.cli import main as cli
 
 
