@@ -1,39 +1,20 @@
-"""What a run is: frozen dataclasses, the only source of a default, and the table of presets.
+"""What a run is: frozen dataclasses, the only source of a default.
 
 Shapes: N images, C channels, H x W pixels, T diffusion timesteps. Imports nothing heavy, so that
 `ddpm-fast --help` answers at once.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from ddpm_fast.errors import InputError, flag, require, require_known, require_seed, require_types
 
 Prediction = Literal["eps", "x0", "v"]
 Variance = Literal["small", "large"]
 Spacing = Literal["trailing", "leading", "linspace"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
-
-
-class InputError(ValueError):
-    """The user's input or request cannot be used: one line, exit status 2."""
-
-
-class MathematicsError(RuntimeError):
-    """A check failed or a value was not finite: exit status 3."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the closest known name, or "" when none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 @dataclass(frozen=True)
@@ -51,7 +32,7 @@ class UNetConfig:
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
     """Channels of each level as a multiple of --channels; every level but the last halves H and W."""
     res_blocks: int = 2
-    """ResBlocks a level on the way down; one more on the way up."""
+    """ResBlocks per level on the way down; one more on the way up."""
     attention_resolutions: tuple[int, ...] = (16,)
     """Heights, in pixels, of the feature maps that get self-attention after each ResBlock."""
     dropout: float = 0.0
@@ -60,30 +41,33 @@ class UNetConfig:
     """Groups of every GroupNorm; must divide the channels of every level."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         levels = len(self.channel_multipliers)
-        _require(levels > 0, "channel_multipliers is empty: name one multiplier a level, e.g. 1 2 2")
+        require(levels > 0, "--channel-multipliers is empty: name one multiplier per level, e.g. 1 2 2")
         for name in ("image_channels", "height", "width", "channels", "res_blocks", "groups"):
             value = getattr(self, name)
-            _require(value > 0, f"{name} is {value}: it must be at least 1")
-        _require(min(self.channel_multipliers) > 0, f"channel_multipliers {self.channel_multipliers} must be positive")
+            require(value > 0, f"{flag(name)} is {value}: it must be at least 1")
+        require(min(self.channel_multipliers) > 0, f"--channel-multipliers {self.channel_multipliers} must be positive")
         step = 2 ** (levels - 1)
         for name, value in (("height", self.height), ("width", self.width)):
-            message = f"{name} {value} does not divide by {step}, which {levels} levels (channel_multipliers) need: "
+            message = (
+                f"{flag(name)} {value} does not divide by {step}, which {levels} levels (--channel-multipliers) need: "
+            )
             usable = max(step, round(value / step) * step)
-            _require(value % step == 0, f"{message}use {usable}, or fewer multipliers")
+            require(value % step == 0, f"{message}use {usable}, or fewer multipliers")
         for multiplier in self.channel_multipliers:
             width = self.channels * multiplier
-            _require(
+            require(
                 width % self.groups == 0,
-                f"{width} channels (channels {self.channels} x multiplier {multiplier}) do not divide into "
-                f"{self.groups} groups: change channels or groups",
+                f"{width} channels (--channels {self.channels} x multiplier {multiplier}) do not divide into "
+                f"{self.groups} groups: change --channels or --groups",
             )
-        _require(self.channels % 2 == 0, f"channels is {self.channels}: it must be even (half sines, half cosines)")
+        require(self.channels % 2 == 0, f"--channels is {self.channels}: it must be even (half sines, half cosines)")
         resolutions = [self.height >> level for level in range(levels)]
         for resolution in self.attention_resolutions:
-            message = f"attention_resolutions has {resolution}, but the feature maps are {resolutions} pixels high"
-            _require(resolution in resolutions, message)
-        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}: it must lie in [0, 1)")
+            message = f"--attention-resolutions has {resolution}, but the feature maps are {resolutions} pixels high"
+            require(resolution in resolutions, message)
+        require(0 <= self.dropout < 1, f"--dropout is {self.dropout}: it must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -106,10 +90,11 @@ class DiffusionConfig:
     """Clip the estimate of x0 to [-1, 1] in every sampling step."""
 
     def __post_init__(self) -> None:
-        _require(self.timesteps >= 1, f"timesteps is {self.timesteps}: it must be at least 1")
-        _require(
+        require_types(self)
+        require(self.timesteps >= 1, f"--timesteps is {self.timesteps}: it must be at least 1")
+        require(
             0 < self.beta_start <= self.beta_end < 1,
-            f"beta_start {self.beta_start} and beta_end {self.beta_end} must satisfy 0 < start <= end < 1",
+            f"--beta-start {self.beta_start} and --beta-end {self.beta_end} must satisfy 0 < start <= end < 1",
         )
 
 
@@ -126,6 +111,9 @@ class DataConfig:
     flip: bool = False
     """Flip half of the training images left to right."""
 
+    def __post_init__(self) -> None:
+        require_types(self)
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -134,7 +122,7 @@ class TrainingConfig:
     steps: int = 800_000
     """Optimizer steps in all."""
     batch_size: int = 128
-    """Images an optimizer step."""
+    """Images per optimizer step."""
     accumulate: int = 1
     """Parts that a batch is split into, one after the other, to save memory; must divide --batch-size."""
     learning_rate: float = 2e-4
@@ -144,7 +132,7 @@ class TrainingConfig:
     clip_norm: float = 1.0
     """Largest global gradient norm; longer gradients are scaled down to it. 0 turns clipping off."""
     ema_decay: float = 0.9999
-    """Decay a step of the averaged weights; warmed up as min(decay, (1 + step) / (10 + step))."""
+    """Decay per step of the averaged weights; warmed up as min(decay, (1 + step) / (10 + step))."""
     min_snr_gamma: float = 0.0
     """Clamp of min-SNR loss weights (Hang et al. 2023), e.g. 5. 0 is the paper's unweighted loss."""
     seed: int = 0
@@ -167,19 +155,20 @@ class TrainingConfig:
     """Steps between two sample grids; one more is drawn at the end. 0 draws none."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}: it must be at least 1")
+            require(value >= 1, f"{flag(name)} is {value}: it must be at least 1")
         for name in ("warmup_steps", "clip_norm", "min_snr_gamma", "sample_every"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}: it must not be negative")
-        _require(
+            require(value >= 0, f"{flag(name)} is {value}: it must not be negative")
+        require(
             self.batch_size % self.accumulate == 0,
-            f"batch_size {self.batch_size} does not divide into accumulate {self.accumulate} equal parts",
+            f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} equal parts",
         )
-        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be positive")
-        _require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}: it must lie in [0, 1)")
-        _require(0 <= self.seed < 2**64, f"seed is {self.seed}: it must lie in 0..2**64-1")
+        require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}: it must be positive")
+        require(0 <= self.ema_decay < 1, f"--ema-decay is {self.ema_decay}: it must lie in [0, 1)")
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -195,6 +184,51 @@ class SamplerConfig:
     spacing: Spacing = "trailing"
     """Which timesteps a shorter sampler visits: trailing always starts from pure noise."""
 
+    def __post_init__(self) -> None:
+        require_types(self)
+
+
+@dataclass(frozen=True)
+class SamplingOptions(SamplerConfig):
+    """Which images to make, by number, and how: image 17 of a seed is the same whatever else is asked for."""
+
+    count: int = 64
+    """How many images."""
+    seed: int = 0
+    """Seed, 0 to 2**64 - 1."""
+    first_index: int = 0
+    """Number of the first image, 0 to 2**32 - 1."""
+    batch_size: int = 64
+    """Largest number of images made at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least, most in (("count", 1, 2**32), ("batch_size", 1, 2**20), ("first_index", 0, 2**32 - 1)):
+            value = getattr(self, name)
+            require(least <= value <= most, f"{flag(name)} is {value}: it must lie in {least}..{most}")
+        require_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which weights of a checkpoint to sample from, and how to run them."""
+
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged or last trained weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes an NVIDIA GPU if there is one."""
+    precision: Precision = "auto"
+    """The U-Net's arithmetic; auto is bf16 on GPUs good at it, else fp32; tf32 is for GPUs."""
+    kernels: bool = True
+    """Run the Triton kernels on a GPU where they are the faster way; --no-kernels is plain PyTorch everywhere."""
+    compile: bool = True
+    """Compile the U-Net on a GPU, and on a CPU for long sampling; --no-compile runs it as written."""
+    capture: bool = True
+    """Capture each step on a GPU as a CUDA graph; --no-capture launches every kernel from Python."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -206,61 +240,6 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-
-
-_PAPER_256 = UNetConfig(height=256, width=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
-
-PRESETS: dict[str, Config] = {
-    # 1,797 handwritten digits of 8x8: two minutes on two CPU cores. One ResBlock a level and the cosine
-    # schedule gave the best samples of the settings tried in that time.
-    "digits": Config(
-        preset="digits",
-        unet=UNetConfig(1, 8, 8, 32, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=8),
-        diffusion=DiffusionConfig(schedule="cosine", variance="small"),
-        data=DataConfig(data="digits"),
-        training=TrainingConfig(
-            steps=1200,
-            batch_size=64,
-            learning_rate=1e-3,
-            warmup_steps=100,
-            ema_decay=0.995,
-            save_every=600,
-            sample_every=300,
-        ),
-    ),
-    "mnist": Config(
-        preset="mnist",
-        unet=UNetConfig(1, 28, 28, channels=64, channel_multipliers=(1, 2, 2), attention_resolutions=(14,)),
-        training=TrainingConfig(steps=40_000, warmup_steps=1000, ema_decay=0.999),
-    ),
-    # Ho et al. 2020, Appendix B.
-    "cifar10": Config(preset="cifar10", unet=UNetConfig(dropout=0.1), data=DataConfig(flip=True)),
-    "church256": Config(
-        preset="church256",
-        unet=_PAPER_256,
-        diffusion=DiffusionConfig(variance="small"),
-        data=DataConfig(flip=True),
-        training=TrainingConfig(steps=1_200_000, batch_size=64, learning_rate=2e-5),
-    ),
-    "celebahq256": Config(
-        preset="celebahq256",
-        unet=_PAPER_256,
-        diffusion=DiffusionConfig(variance="small"),
-        data=DataConfig(flip=True),
-        training=TrainingConfig(steps=500_000, batch_size=64, learning_rate=2e-5),
-    ),
-}
-
-
-def preset(name: str) -> Config:
-    """Return the preset of that name.
-
-    Raises:
-        InputError: there is none; the nearest name is suggested.
-    """
-    if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
-    return PRESETS[name]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -285,12 +264,8 @@ def _part_from_dict(cls: type, values: Any) -> Any:
     if not isinstance(values, dict):
         raise InputError(f"the configuration's {cls.__name__} is {type(values).__name__}, not an object")
     known = {f.name for f in dataclasses.fields(cls)}
-    for name in values:
-        _require(name in known, f"unknown configuration key {name!r}.{nearest(name, known)}")
-    try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except TypeError as error:
-        raise InputError(f"the configuration's {cls.__name__} has a value of the wrong type: {error}") from None
+    require_known("configuration key", values, known)
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def with_training(config: Config, **changes: Any) -> Config:

@@ -1,9 +1,106 @@
-"""Where files are kept."""
+"""Files that appear whole or not at all, one sentence when they cannot be written, and where the cache is."""
 
+import contextlib
+import errno
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from ddpm_fast.errors import InputError
+
+ANOTHER_OUT = "choose another --out"
+"""What else helps where a run or images cannot be written."""
 
 
 def cache_directory() -> Path:
     """Return where decoded images and compiled code live: $XDG_CACHE_HOME/ddpm-fast, by default in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-fast"
+
+
+@contextlib.contextmanager
+def writing(path: Path, remedy: str = ANOTHER_OUT) -> Iterator[None]:
+    """Turn a failure to write below `path` (no permission, disk full) into one line.
+
+    Raises:
+        InputError: something in the block raised OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot write {path}: {reason}; free some space or {remedy}") from None
+
+
+def require_writable(directory: Path) -> None:
+    """Refuse, before the work and without making it, a directory that could not be made or written to.
+
+    Raises:
+        InputError: the nearest directory above it that exists is a file, or not ours to write to.
+    """
+    with writing(directory):
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@contextlib.contextmanager
+def whole(path: Path, sync: bool = True, remedy: str = ANOTHER_OUT) -> Iterator[Path]:
+    """Put a file or a directory at `path` whole or not at all, in place of what was there.
+
+    Args:
+        path: where it shall be; missing parents are made.
+        sync: wait until it is on the disk. A directory's files are written by `write_synced` for that.
+        remedy: what else than free space helps.
+
+    Yields:
+        A temporary path in the same directory, of the same suffix, for the block to write.
+
+    Raises:
+        InputError: it cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    with writing(path, remedy):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if sync:
+                _sync(temporary)
+            if path.is_dir():
+                shutil.rmtree(path)
+            temporary.replace(path)
+            if sync:
+                _sync(path.parent)  # the name, too
+        finally:
+            _remove(temporary)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    path.write_bytes(data)
+    _sync(path)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path` whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

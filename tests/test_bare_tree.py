@@ -57,9 +57,9 @@ def test_the_gpus_tests_are_collected_without_the_two_long_ones(python: Python) 
 def test_a_run_is_prepared(python: Python, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from ddpm_fast import config
+from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import run
-run.prepare(Path({str(tmp_path)!r}), config.PRESETS["digits"], "fingerprint", 0)
+run.prepare(Path({str(tmp_path)!r}), PRESETS["digits"], "fingerprint", 0)
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr

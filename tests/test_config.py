@@ -2,11 +2,25 @@
 
 import dataclasses
 import json
+import re
+import typing
+from pathlib import Path
 
 import pytest
 
-from ddpm_fast import config
-from ddpm_fast.config import PRESETS, Config, DiffusionConfig, InputError, TrainingConfig, UNetConfig
+from ddpm_fast import config, presets
+from ddpm_fast.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    LoadOptions,
+    SamplerConfig,
+    SamplingOptions,
+    TrainingConfig,
+    UNetConfig,
+)
+from ddpm_fast.errors import MEANT, InputError, flag
+from ddpm_fast.presets import PRESETS
 
 # dataclass, field, bad value, and what the message must say beside the field and the value
 BAD = [
@@ -14,9 +28,9 @@ BAD = [
     (UNetConfig, "height", 33, "use 32"),
     (UNetConfig, "width", 30, "use 32"),
     (UNetConfig, "height", -8, "at least 1"),
-    (UNetConfig, "channels", 100, "32 groups: change channels or groups"),
-    (UNetConfig, "groups", 48, "change channels or groups"),
-    (UNetConfig, "channel_multipliers", (), "name one multiplier a level"),
+    (UNetConfig, "channels", 100, "32 groups: change --channels or --groups"),
+    (UNetConfig, "groups", 48, "change --channels or --groups"),
+    (UNetConfig, "channel_multipliers", (), "name one multiplier per level"),
     (UNetConfig, "channel_multipliers", (1, 0), "must be positive"),
     (UNetConfig, "res_blocks", 0, "at least 1"),
     (UNetConfig, "attention_resolutions", (15,), "[32, 16, 8, 4]"),
@@ -49,7 +63,7 @@ def test_bad_value_is_refused_in_one_line_with_field_value_and_remedy(cls, field
         cls(**{field: value})
     message = str(caught.value)
     assert "\n" not in message
-    assert field in message
+    assert flag(field) in message
     assert remedy in message
     for part in value if isinstance(value, tuple) else (value,):
         assert str(part) in message
@@ -59,7 +73,7 @@ def test_bad_value_is_refused_in_one_line_with_field_value_and_remedy(cls, field
 def test_not_a_number_is_refused_in_every_float_field(cls):
     for field in dataclasses.fields(cls):
         if field.type is float:
-            with pytest.raises(InputError, match=field.name):
+            with pytest.raises(InputError, match=flag(field.name)):
                 cls(**{field.name: float("nan")})
 
 
@@ -97,10 +111,62 @@ def test_unknown_key_is_refused_and_the_nearest_suggested(part, key, suggestion)
         config.from_dict({"trainin": {}})
 
 
-@pytest.mark.parametrize("values", [{"unet": 3}, {"unet": {"height": "tall"}}])
-def test_wrong_type_is_refused_as_input(values):
-    with pytest.raises(InputError, match="UNetConfig"):
-        config.from_dict(values)
+def test_a_part_that_is_no_object_is_refused():
+    with pytest.raises(InputError, match="the configuration's UNetConfig is int, not an object"):
+        config.from_dict({"unet": 3})
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "value", "says"),
+    [
+        (UNetConfig, "height", "tall", "a whole number"),
+        (UNetConfig, "height", 8.0, "a whole number"),
+        (UNetConfig, "height", True, "a whole number"),
+        (UNetConfig, "channel_multipliers", 2, "whole numbers"),
+        (UNetConfig, "channel_multipliers", (1, 2.0), "whole numbers"),
+        (UNetConfig, "dropout", "0.1", "a number"),
+        (DiffusionConfig, "schedule", "cosin", "'linear', 'cosine', 'sigmoid'. Did you mean 'cosine'?"),
+        (DiffusionConfig, "clip", 1, "true or false"),
+        (DataConfig, "data", None, "text"),
+        (TrainingConfig, "device", "gpu", "'auto', 'cpu', 'cuda'. Did you mean 'cuda'?"),
+        (SamplerConfig, "sampler", "dpm", "Did you mean 'ddpm'?"),
+        (SamplingOptions, "count", 0, "must lie in 1..4294967296"),
+        (SamplingOptions, "count", "4", "a whole number"),
+        (SamplingOptions, "first_index", 2**32, "must lie in 0..4294967295"),
+        (SamplingOptions, "batch_size", 0, "must lie in 1.."),
+        (SamplingOptions, "seed", -1, "0..2**64-1"),
+        (LoadOptions, "weights", "mean", "'ema', 'raw'"),
+    ],
+)
+def test_wrong_types_and_choices_are_refused_in_one_line(cls, field, value, says):
+    with pytest.raises(InputError, match=re.escape(f"{flag(field)} is {value!r}: it must ")) as caught:
+        cls(**{field: value})
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_reach_the_part_that_they_belong_to():
+    flags = {"height": 64, "channel_multipliers": [1, 2, 4], "data": Path("photos"), "seed": 4}
+    changed = presets.with_flags(Config(), flags)
+    assert changed.unet == UNetConfig(height=64, channel_multipliers=(1, 2, 4))
+    assert (changed.data, changed.training) == (DataConfig("photos"), TrainingConfig(seed=4))
+    assert presets.with_flags(Config(), {}) == Config()
+
+
+@pytest.mark.parametrize(("name", "meant"), [("lr", "learning_rate"), ("batchsize", "batch_size"), ("gpus", "device")])
+def test_unknown_flags_are_refused_and_the_nearest_suggested(name, meant):
+    with pytest.raises(InputError, match=rf"unknown keyword '{name}'. Did you mean '{meant}'\?"):
+        presets.with_flags(Config(), {name: 1})
+    with pytest.raises(InputError, match=r"unknown keyword 'zzz'.$"):
+        presets.with_flags(Config(), {"zzz": 1})
+
+
+def test_every_synonym_stands_for_something_that_there_is():
+    classes = (UNetConfig, DiffusionConfig, DataConfig, TrainingConfig, SamplingOptions)
+    fields = [f for cls in classes for f in dataclasses.fields(cls)]
+    choices = [choice for f in fields for choice in typing.get_args(f.type) if isinstance(choice, str)]
+    known = {flag(f.name)[2:] for f in fields} | {"out", "resume"} | set(choices)
+    assert {name for names in MEANT.values() for name in names.split()} <= known
 
 
 def test_bad_value_inside_a_saved_configuration_is_refused():
@@ -115,9 +181,9 @@ def test_bad_value_inside_a_saved_configuration_is_refused():
 )
 def test_unknown_preset_is_refused_and_the_nearest_suggested(name, suggestion):
     with pytest.raises(InputError, match=f"unknown preset '{name}'.*Did you mean '{suggestion}'"):
-        config.preset(name)
+        presets.preset(name)
     with pytest.raises(InputError, match="the presets are digits, mnist, cifar10") as caught:
-        config.preset("zzz")
+        presets.preset("zzz")
     assert "Did you mean" not in str(caught.value)
 
 

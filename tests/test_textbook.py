@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
+
+pytest.importorskip("diffusers")
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from bench.peers.diffusers import unet as diffusers_unet
 from ddpm_fast import textbook
-from ddpm_fast.config import PRESETS, Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
+from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
+from ddpm_fast.presets import PRESETS
 from ddpm_fast.textbook import ForwardProcess
 
 SCHEDULES = ["linear", "cosine", "sigmoid"]

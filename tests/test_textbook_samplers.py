@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
 from torch import Tensor, nn
+
+pytest.importorskip("diffusers")
+from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
 
 from ddpm_fast.config import DiffusionConfig
 from ddpm_fast.textbook import (

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from ddpm_fast.config import PRESETS, Config, SamplerConfig, TrainingConfig, UNetConfig, with_training
+from ddpm_fast.config import Config, SamplerConfig, TrainingConfig, UNetConfig, with_training
 from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
@@ -22,6 +22,7 @@ from ddpm_fast.engine import sampling as engine_loop
 from ddpm_fast.engine.execution import Execution, choose_dtype, choose_kernels
 from ddpm_fast.engine.sampling import GRAPH_STEPS, Loop
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer, new_unet
+from ddpm_fast.presets import PRESETS
 
 CONFIGURATIONS: dict[str, Config] = {
     "digits": PRESETS["digits"],

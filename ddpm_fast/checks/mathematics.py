@@ -4,6 +4,7 @@ Each line says what was expected, what was found, and which file to look at. Eve
 ops are run and their results compared with formulas derived another way, so that a changed line shows.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -36,18 +37,31 @@ QUICK_STEPS, FULL_STEPS = 2, 100
 
 
 def report(lines: Iterator[Line], full: bool = False) -> int:
-    """Print the lines as they come; return the exit status: 0, or 3 if any failed."""
-    part = "in full" if full else "quick part; `ddpm-fast check` runs all"
-    print(f"checking the mathematics ({part})")
-    failed = 0
+    """Print every line as it comes; of the quick part one line, and every line if any failed.
+
+    Returns:
+        The exit status: 0, or 3 if any failed.
+    """
+    started, done = time.perf_counter(), []
+    print("checking the mathematics" + (" in full" if full else ": "), end="\n" if full else "", flush=True)
     for line in lines:
-        failed += not line.passed
-        mark = "ok  " if line.passed else "FAIL"
-        tail = "" if line.passed else f"; look at {line.file}"
-        print(f"  {mark} {line.name}: expected {line.expected}, found {line.found}{tail}", flush=True)
-    if failed:
-        print(f"{failed} of the checks failed: the mathematics is wrong, nothing was trained")
+        done.append(line)
+        if full:
+            print(_shown(line), flush=True)
+    failed = sum(not line.passed for line in done)
+    if failed and not full:
+        print("\n" + "\n".join(map(_shown, done)))
+    print(
+        f"{failed} of {len(done)} checks failed: the mathematics is wrong"
+        if failed
+        else f"{len(done)} checks passed in {time.perf_counter() - started:.1f} s"
+    )
     return 3 if failed else 0
+
+
+def _shown(line: Line) -> str:
+    mark, tail = ("ok  ", "") if line.passed else ("FAIL", f"; look at {line.file}")
+    return f"  {mark} {line.name}: expected {line.expected}, found {line.found}{tail}"
 
 
 def report_kernels(config: Config, device: torch.device) -> int:

@@ -1,28 +1,26 @@
 """The command line: flags to configurations, errors to one line, and an exit status that says what happened.
 
-0 done; 2 the user's input or request; 3 the mathematics is wrong; 130 and 143 interrupted, after saving; 1 a bug,
-with its traceback. torch is imported only once a command runs, so that --help answers at once.
+0 done; 2 the user's input or request; 3 the mathematics is wrong; 130 and 143 interrupted, after saving; 141 nobody
+reads the output any more; 1 a bug, with its traceback. torch is imported only once a command runs, so that --help
+answers at once.
 """
 
 import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from ddpm_fast import __version__
 from ddpm_fast.cli.arguments import CheckArguments, SampleArguments, TrainArguments
-from ddpm_fast.config import (
-    InputError,
-    MathematicsError,
-    nearest,
-    preset,
-)
+from ddpm_fast.errors import InputError, MathematicsError, flag, nearest
+from ddpm_fast.presets import preset
 
 T = TypeVar("T")
 
@@ -35,7 +33,33 @@ commands:
   sample   make images from a run or a checkpoint
   check    is the mathematics right, here, now
 
-`ddpm-fast COMMAND --help` explains every flag with its unit and default."""
+`ddpm-fast COMMAND --help` explains every flag with its unit and default.
+`ddpm-fast --version` says which version this is; `ddpm-fast --completion SHELL` prints what completes commands and
+flags on the Tab key in bash, zsh or fish (README)."""
+SHELLS = ("bash", "zsh", "fish")
+BASH_PATHS = """
+# Where no flag fits, complete paths.
+_ddpm_fast() {
+  _tyro_ddpm_fast
+  [[ -n "${COMPREPLY[*]}" ]] || COMPREPLY=()
+}
+complete -o default -F _ddpm_fast ddpm-fast
+"""
+BROKEN_PIPE = 141
+"""The exit status of what is piped into `head` and has more to say: 128 + SIGPIPE, as of other programs."""
+A_RUN = "RUN_OR_CHECKPOINT is missing: name a run directory or one of its checkpoints/step-*"
+REWORDED = [
+    (r"^Error parsing ", ""),
+    (r"^config\.\w+: |^\w+Arguments: ", ""),
+    (r"^Missing from .*: RUN_OR_.*", A_RUN),
+    (r"^Missing value for argument '(\S+)'.*", r"\1 needs a value"),
+    (r"^(\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2: it must be a whole number"),
+    (r"^(\S+): could not convert string to float: (.*)", r"\1 is \2: it must be a number"),
+    (r"^(\S+): Could not find valid parse for arguments: (.*)", r"\1 is \2: it must be whole numbers"),
+    (r"^invalid choice (.*?) for argument '(\S+)'\. Expected one of \((.*)\)", r"\2 is \1: it must be one of \3"),
+    (r"^Unrecognized options: (.*)", r"not understood: \1"),
+]
+"""tyro's sentences in the words of our own, see `errors.require_types`."""
 
 
 def _flags_of(cls: Any) -> list[str]:
@@ -43,7 +67,7 @@ def _flags_of(cls: Any) -> list[str]:
     flags: list[str] = []
     for f in dataclasses.fields(cls):
         value = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-        flags += _flags_of(type(value)) if dataclasses.is_dataclass(value) else [f"--{f.name.replace('_', '-')}"]
+        flags += _flags_of(type(value)) if dataclasses.is_dataclass(value) else [flag(f.name)]
     return flags
 
 
@@ -52,12 +76,11 @@ def _one_line(box: str) -> str:
     # The box is drawn in Unicode or in ASCII, as the terminal allows; rules become empty lines.
     lines = [re.sub(r"^[-─+]{3,}$", "", line.strip("│|╭╮╰╯ ")) for line in box.splitlines()[1:]]
     message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
-    message = re.sub(r"^Error parsing |^config\.\w+: |^\w+Arguments: ", "", message)
-    message = re.sub(r"^Missing from .*?: ", "missing ", message)
-    choice = re.match(r"invalid choice '(.*?)' .*? one of \((.*)\)", message)
-    if choice:
-        message += nearest(choice[1], re.findall(r"'(.*?)'", choice[2]))
-    return message.rstrip(".") + "." if message else "the flags cannot be read."
+    for pattern, words in REWORDED:
+        message = re.sub(pattern, words, message)
+    message = (message or "the flags cannot be read").rstrip(".") + "."
+    choice = re.search(r" is '(.*?)': it must be one of (.*)", message)
+    return message + nearest(choice[1], re.findall(r"'(.*?)'", choice[2])) if choice else message.replace("?.", "?")
 
 
 def parse(cls: type[T], arguments: Sequence[str], default: T | None = None, command: str = "") -> T:
@@ -67,11 +90,11 @@ def parse(cls: type[T], arguments: Sequence[str], default: T | None = None, comm
         InputError: a flag or value is unknown; the nearest valid flag is suggested.
         SystemExit: --help was asked for.
     """
-    known = [*_flags_of(cls), "--help"]
+    flags = [*_flags_of(cls), "--help"]
+    known = [*flags, *(f"--no-{name[2:]}" for name in flags)]
     for argument in arguments:
         name = argument.split("=")[0].replace("_", "-")
-        negated = "--" + name.removeprefix("--no-")
-        if name.startswith("--") and name not in known and negated not in known:
+        if name.startswith("--") and name not in known:
             raise InputError(f"unknown flag {name}.{nearest(name, known)} See ddpm-fast {command} --help")
     options: dict[str, Any] = {} if default is None else {"default": default}
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
@@ -97,15 +120,13 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
     """Parse train's flags over the preset's defaults or, on --resume, over the run's own configuration."""
-    default = preset(_value_of("--preset", arguments) or "digits")
-    out = _value_of("--out", arguments)
+    name = _value_of("--preset", arguments)
     if "--resume" in arguments:
-        if out is None:
-            raise InputError("--resume needs --out: name the run directory to continue")
-        from ddpm_fast.runs.run import read_config
+        from ddpm_fast.api import starting_config
 
-        found = read_config(Path(out))
-        default = found[0] if found else default
+        default = starting_config(name, _value_of("--out", arguments) or "", resume=True)
+    else:
+        default = preset(name or "digits")
     return parse(TrainArguments, arguments, TrainArguments(config=default), "train")
 
 
@@ -115,32 +136,73 @@ def parse_check(arguments: Sequence[str]) -> CheckArguments:
     return parse(CheckArguments, arguments, CheckArguments(config=default), "check")
 
 
+def completion(shell: str) -> str:
+    """Return the script that completes commands, flags and choices in a shell.
+
+    Raises:
+        InputError: there is none for that shell.
+    """
+    if shell not in SHELLS:
+        raise InputError(f"--completion needs the name of a shell: {', '.join(SHELLS)}.{nearest(shell, SHELLS)}")
+    commands = {"train": TrainArguments, "sample": SampleArguments, "check": CheckArguments}
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="ddpm-fast",
+            args=["--tyro-write-completion", shell, "-"],
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    return script.getvalue() + (BASH_PATHS if shell == "bash" else "")
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            status = run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()  # what cannot be written any more shows here, and not after main
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush is silent
+        status = BROKEN_PIPE
+    sys.exit(status)
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; return its exit status.
+
+    Raises:
+        SystemExit: a command's --help was asked for.
+    """
     # The commands import torch; they live behind the parser so that errors and --help come first.
     commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "sample": _sample, "check": _check}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        sys.exit(0 if arguments else 2)
+    first, *rest = arguments or ["--help"]
     try:
-        if arguments[0] not in commands:
-            raise InputError(
-                f"unknown command {arguments[0]!r}: the commands are {', '.join(commands)}."
-                f"{nearest(arguments[0], commands)}"
-            )
-        sys.exit(commands[arguments[0]](arguments[1:]))
+        if first in ("-h", "--help", "help"):
+            print(USAGE)
+            return 0 if arguments else 2
+        if first == "--version":
+            print(f"ddpm-fast {__version__}")
+            return 0
+        if first == "--completion":
+            print(completion(rest[0] if rest else ""))
+            return 0
+        if first not in commands:
+            suggestion = nearest(first, commands)
+            raise InputError(f"unknown command {first!r}: the commands are {', '.join(commands)}.{suggestion}")
+        return commands[first](rest)
     except InputError as error:
-        _say_and_exit(error, 2)
+        return _say(error, 2)
     except MathematicsError as error:
-        _say_and_exit(error, 3)
+        return _say(error, 3)
     except KeyboardInterrupt:
-        _say_and_exit("interrupted before anything was to be saved", 130)
+        return _say("interrupted before anything was to be saved", 130)
 
 
-def _say_and_exit(message: object, status: int) -> NoReturn:
+def _say(message: object, status: int) -> int:
     print(f"ddpm-fast: {message}", file=sys.stderr)
-    sys.exit(status)
+    return status
 
 
 def _train(arguments: list[str]) -> int:

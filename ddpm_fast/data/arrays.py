@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_fast.config import InputError
+from ddpm_fast.errors import InputError
 
 
 def _load(path: Path) -> NDArray[Any]:

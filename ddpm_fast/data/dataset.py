@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from ddpm_fast.config import DataConfig, InputError, UNetConfig, nearest
+from ddpm_fast.config import DataConfig, UNetConfig
 from ddpm_fast.data.arrays import read_array
 from ddpm_fast.data.image_files import Unusable, decode, fit, is_picture
-from ddpm_fast.files import cache_directory
+from ddpm_fast.errors import InputError, nearest
+from ddpm_fast.files import cache_directory, whole
 
 Result = TypeVar("Result")
 
@@ -61,7 +62,9 @@ def open_dataset(data: DataConfig, unet: UNetConfig, progress: bool = False) -> 
     """
     shape = (unet.height, unet.width, unet.image_channels)
     if unet.image_channels > 4:
-        raise InputError(f"image_channels is {unet.image_channels}: images have 1 (grey), 2 (and alpha), 3 (RGB) or 4")
+        raise InputError(
+            f"--image-channels is {unet.image_channels}: images have 1 (grey), 2 (and alpha), 3 (RGB) or 4"
+        )
     if not data.data:
         raise InputError("this preset has no data of its own: name --data, a folder of images or a .npy/.npz file")
     if data.data == "digits":
@@ -124,22 +127,13 @@ def _cached(key: str, count: int, shape: tuple[int, int, int]) -> NDArray[np.uin
 def _build(key: str, count: int, shape: tuple[int, int, int], fill: Callable[[NDArray[np.uint8]], None]) -> None:
     """Write a store into the cache, whole or not at all."""
     path = cache_directory() / f"{key}.npy"
-    temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, remedy="set XDG_CACHE_HOME elsewhere") as temporary:
         store = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, *shape))
         if hasattr(os, "posix_fallocate"):  # a full disk shows here, and not as SIGBUS in a page of a sparse file
             with temporary.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         fill(store)
         store.flush()
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"cannot write {path}: {reason}; free some space or set XDG_CACHE_HOME elsewhere") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _in_parallel(what: str, work: Callable[[int], Result], count: int, progress: bool) -> list[Result]:

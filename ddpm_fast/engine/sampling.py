@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm_fast import ops
-from ddpm_fast.config import MathematicsError
 from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
 from ddpm_fast.diffusion.samplers import Row, SamplerTable
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, Graphs, Launched, Work, memory_of
 from ddpm_fast.engine.execution import EAGER, Execution
+from ddpm_fast.errors import MathematicsError
 from ddpm_fast.model.unet import UNet
 
 GRAPH_STEPS = 20

@@ -3,15 +3,14 @@
     checkpoints/step-0005000/   model.safetensors ema.safetensors optimizer.safetensors state.json
     checkpoints/latest          the name of the newest whole checkpoint
 
-A checkpoint is written into a temporary directory, synced, and renamed into place. It carries its configuration
-and needs nothing else to be sampled from.
+A checkpoint is written into a temporary directory, synced, and renamed into place. It carries its configuration:
+ema.safetensors and state.json are all that sampling needs, wherever they are copied to; resuming needs all four files.
 """
 
 import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ddpm_fast.config import Config, InputError, from_dict, to_dict
+from ddpm_fast.config import Config, from_dict, to_dict
+from ddpm_fast.errors import InputError
+from ddpm_fast.files import replace_file, whole, write_synced
 
 FORMAT = "ddpm-fast checkpoint 1"
 PARTS = ("model", "ema", "optimizer")
+"""What resuming needs."""
 
 
 @dataclass(frozen=True)
@@ -49,42 +51,6 @@ class Checkpoint:
             raise InputError(_unreadable(file, error)) from None
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write below `path` (no permission, disk full) into one line."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"cannot write {path}: {reason}; free some space or choose another --out") from None
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write_synced(temporary, data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def to_json(value: Any) -> bytes:
     """Serialise to indented JSON with a final newline."""
     return (json.dumps(value, indent=2) + "\n").encode()
@@ -105,24 +71,16 @@ def save(run: Path, step: int, config: Config, fingerprint: str, parts: Mapping[
     """
     directory = run / "checkpoints"
     path = directory / f"step-{step:07d}"
-    temporary = directory / f".{path.name}.tmp"
+    for left_over in directory.glob(".step-*"):  # by a run that was killed while it saved
+        shutil.rmtree(left_over, ignore_errors=True)
     state = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "config": to_dict(config)}
-    with writing(path):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for part in PARTS:
-                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
-                write_synced(temporary / f"{part}.safetensors", safetensors.torch.save(tensors))
-            write_synced(temporary / "state.json", to_json(state))
-            _sync_directory(temporary)
-            if path.exists():  # left by a run that was resumed from an older checkpoint
-                shutil.rmtree(path)
-            temporary.rename(path)
-            replace_file(directory / "latest", f"{path.name}\n".encode())
-            _sync_directory(directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with whole(path) as temporary:
+        temporary.mkdir()
+        for part in PARTS:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
+            write_synced(temporary / f"{part}.safetensors", safetensors.torch.save(tensors))
+        write_synced(temporary / "state.json", to_json(state))
+    replace_file(directory / "latest", f"{path.name}\n".encode())
     return path
 
 
@@ -134,11 +92,11 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"{path} is missing, truncated or not a ddpm-fast checkpoint ({str(error).splitlines()[0]}); use another one"
 
 
-def read(path: Path) -> Checkpoint:
-    """Open a checkpoint directory.
+def read(path: Path, parts: Sequence[str] = PARTS) -> Checkpoint:
+    """Open a checkpoint directory of which only some parts are needed.
 
     Raises:
-        InputError: it is missing, incomplete, foreign, or holds a configuration that this version refuses.
+        InputError: it is missing, foreign, lacks a part, or holds a configuration that this version refuses.
     """
     file = path / "state.json"
     try:
@@ -150,7 +108,7 @@ def read(path: Path) -> Checkpoint:
         raise InputError(f"{file}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(_unreadable(file, error)) from None
-    for part in PARTS:
+    for part in parts:
         _check_complete(path / f"{part}.safetensors")
     return found
 
@@ -164,20 +122,20 @@ def _check_complete(file: Path) -> None:
         raise InputError(_unreadable(file, error)) from None
 
 
-def newest(run: Path) -> Checkpoint | None:
-    """Return the newest whole checkpoint of a run, or None: `latest` first, then by step."""
+def newest(run: Path, parts: Sequence[str] = PARTS) -> Checkpoint | None:
+    """Return the newest checkpoint of a run whose parts are whole, or None: `latest` first, then by step."""
     directory = run / "checkpoints"
     names = sorted((entry.name for entry in directory.glob("step-*")), reverse=True)
     with contextlib.suppress(OSError, UnicodeDecodeError):
         names.insert(0, (directory / "latest").read_text().strip())
     for name in names:
         with contextlib.suppress(InputError):
-            return read(directory / name)
+            return read(directory / name, parts)
     return None
 
 
-def resolve(path: Path) -> Checkpoint:
-    """Find the checkpoint that RUN_OR_CHECKPOINT means.
+def resolve(path: Path, parts: Sequence[str] = PARTS) -> Checkpoint:
+    """Find the checkpoint that RUN_OR_CHECKPOINT means, of which only some parts are needed.
 
     Raises:
         InputError: there is none; a file (a pickle, say) is refused by what it is.
@@ -189,11 +147,11 @@ def resolve(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise InputError(f"{path} does not exist: name a run directory or one of its checkpoints/step-*")
     if (path / "state.json").exists():
-        return read(path)
-    found = newest(path)
+        return read(path, parts)
+    found = newest(path, parts)
     if found is not None:
         return found
     names = sorted(entry.name for entry in (path / "checkpoints").glob("step-*"))
     if names:
-        return read(path / "checkpoints" / names[-1])  # raises, saying what is wrong with it
+        return read(path / "checkpoints" / names[-1], parts)  # raises, saying what is wrong with it
     raise InputError(f"{path} holds no checkpoint: name a run directory or one of its checkpoints/step-*")

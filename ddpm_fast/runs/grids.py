@@ -3,7 +3,7 @@
 Shapes: N images, H x W pixels, C channels; pixels are uint8 [N, H, W, C].
 """
 
-import contextlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddpm_fast.config import InputError
+from ddpm_fast.files import whole
 
 Pixels = NDArray[np.uint8]
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -45,17 +45,8 @@ def save_picture(path: Path, image: Image.Image, **options: object) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, sync=False) as temporary:  # a picture can be made again
         image.save(temporary, **options)  # pyright: ignore[reportArgumentType]
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"cannot write {path}: {reason}; free some space or choose another --out") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def save_image(path: Path, pixels: Pixels) -> None:
@@ -120,3 +111,27 @@ def save_animation(path: Path, frames: list[Pixels], milliseconds: int = 60) -> 
     pictures = [grid(frame).convert("RGB") for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [2000]
     save_picture(path, pictures[0], save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+class Images(list[Image.Image]):
+    """Sampled images as a list, which a notebook shows as one grid."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        """Take pixels [N, H, W, C]; each becomes a Pillow image of mode L, LA, RGB or RGBA."""
+        super().__init__(to_image(image) for image in pixels)
+
+    def grid(self, columns: int | None = None) -> Image.Image:
+        """Lay out the images that the list holds now, row by row, enlarged as the eye needs.
+
+        Raises:
+            ValueError: there are none.
+        """
+        pixels = [np.asarray(image).reshape(image.height, image.width, -1) for image in self]
+        return grid(np.stack(pixels) if pixels else np.zeros((0, 1, 1, 1), np.uint8), columns)
+
+    def _repr_png_(self) -> bytes | None:
+        if not self:
+            return None
+        png = io.BytesIO()
+        self.grid().save(png, "png")
+        return png.getvalue()

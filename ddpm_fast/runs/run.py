@@ -8,13 +8,13 @@ runs/NAME/
   tensorboard/      the same metrics and grids for TensorBoard
 """
 
+import contextlib
 import json
 import platform
-import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ddpm_fast import __version__
-from ddpm_fast.config import Config, InputError, MathematicsError, SamplerConfig, from_dict, to_dict, with_training
+from ddpm_fast.config import Config, SamplerConfig, from_dict, to_dict, with_training
 from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import key_from_seed
@@ -30,21 +30,16 @@ from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import choose_device, choose_execution
 from ddpm_fast.engine.sampling import ImageRange, Loop, sample
 from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.errors import InputError, MathematicsError
+from ddpm_fast.files import replace_file, writing
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.grids import save_normalized_and_raw, to_uint8
+from ddpm_fast.runs.signals import InterruptedRunError, Signals
 
 GRID_SAMPLER = SamplerConfig("ddim", 50)
 """What draws the grids during training: its first noise is the same every time, so that progress is seen."""
 SLOW_START_STEPS = 500
 """By this step, and after the warm-up, the loss must have fallen below that of predicting nothing."""
-
-
-class InterruptedRunError(Exception):
-    """The run was asked to stop by a signal; it has been saved."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_status = 128 + number
 
 
 def read_config(run: Path) -> tuple[Config, str] | None:
@@ -119,42 +114,33 @@ def prepare(run: Path, config: Config, fingerprint: str, step: int) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    with checkpoint.writing(run):
+    with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         versions = {"ddpm-fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
         values = {"fingerprint": fingerprint, "versions": versions, "config": to_dict(config)}
-        checkpoint.replace_file(run / "config.json", checkpoint.to_json(values))
+        replace_file(run / "config.json", checkpoint.to_json(values))
         _cut_metrics(run / "metrics.jsonl", step)
+
+
+def _metrics_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of metrics.jsonl with what they say; a torn one is left out."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            values = json.loads(line)
+            int(values["step"])  # a line without its step is none of ours
+            yield line, values
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return a run's metrics: what was logged with "step", "loss" and more, one dictionary per logging interval."""
+    return [values for _, values in _metrics_lines(run / "metrics.jsonl")]
 
 
 def _cut_metrics(path: Path, step: int) -> None:
     """Drop, whole or not at all, the lines after a checkpoint's step and a torn last one."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    checkpoint.replace_file(path, "".join(f"{line}\n" for line in kept).encode())
-
-
-class Signals:
-    """Remembers SIGINT and SIGTERM until the step is done; restores the handlers on leaving."""
-
-    def __enter__(self) -> "Signals":
-        self.received = 0
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    if path.exists():
+        kept = [line for line, values in _metrics_lines(path) if values["step"] <= step]
+        replace_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 class Run:
@@ -215,9 +201,8 @@ class Run:
                 if last or (training.sample_every and trainer.step % training.sample_every == 0):
                     self.draw()
                 if signals.received and not last:
-                    name = signal.Signals(signals.received).name
-                    message = f"{name}: saved step {trainer.step} in {self.directory}; add --resume to continue"
-                    raise InterruptedRunError(signals.received, message)
+                    saved = f"saved step {trainer.step} in {self.directory}; add --resume to continue"
+                    raise InterruptedRunError(signals.received, saved)
 
     def _stop_if_not_finite(self) -> None:
         bad_step = int(self.trainer.bad_step)
@@ -248,7 +233,7 @@ class Run:
             },
         }
         self._since, self._since_step = now, trainer.step
-        with checkpoint.writing(self.directory / "metrics.jsonl"), (self.directory / "metrics.jsonl").open("a") as file:
+        with writing(self.directory / "metrics.jsonl"), (self.directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         for name in ("loss", "gradient_norm", "learning_rate"):
             self.board.add_scalar(name, metrics[name], trainer.step)
@@ -289,7 +274,7 @@ class Run:
                 self.loop.load_weights(averaged)
         samples = sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.progress)
         directory = self.directory / "samples"
-        with checkpoint.writing(directory):
+        with writing(directory):
             directory.mkdir(exist_ok=True)
         save_normalized_and_raw(samples, directory, f"step-{self.trainer.step:07d}")
         if unet.image_channels in (1, 3):

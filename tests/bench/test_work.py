@@ -29,10 +29,10 @@ from bench.work.scenarios import (
     with_image_size,
 )
 from ddpm_fast.checks.kernels import norms
-from ddpm_fast.config import PRESETS
 from ddpm_fast.engine.sampling import Loop
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.presets import PRESETS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CIFAR = CONFIGURATIONS["cifar10"].unet

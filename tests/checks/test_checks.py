@@ -9,12 +9,13 @@ import torch
 from ddpm_fast import ops
 from ddpm_fast.checks import mathematics as check
 from ddpm_fast.checks.mathematics import Line, check_start
-from ddpm_fast.config import PRESETS, Config, DiffusionConfig, UNetConfig
+from ddpm_fast.config import Config, DiffusionConfig, UNetConfig
 from ddpm_fast.data.dataset import Dataset, open_dataset
 from ddpm_fast.diffusion import noise, samplers, schedule
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.model import blocks, unet
 from ddpm_fast.ops import reference
+from ddpm_fast.presets import PRESETS
 
 SMALL_UNET = UNetConfig(1, 8, 8, 16, (1, 1), res_blocks=1, attention_resolutions=(), groups=8)
 SMALL = replace(PRESETS["digits"], unet=SMALL_UNET, diffusion=DiffusionConfig(variance="small"))

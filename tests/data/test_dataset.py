@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ddpm_fast.config import DataConfig, InputError, UNetConfig
+from ddpm_fast.config import DataConfig, UNetConfig
 from ddpm_fast.data import dataset as data
 from ddpm_fast.data.dataset import open_dataset
+from ddpm_fast.errors import InputError
 
 RGB = UNetConfig(3, 4, 6, channels=32, channel_multipliers=(1,), attention_resolutions=())
 GREY = replace(RGB, image_channels=1)

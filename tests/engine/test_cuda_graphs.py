@@ -9,22 +9,16 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from ddpm_fast.config import (
-    PRESETS,
-    Config,
-    DiffusionConfig,
-    MathematicsError,
-    SamplerConfig,
-    UNetConfig,
-    with_training,
-)
+from ddpm_fast.config import Config, DiffusionConfig, SamplerConfig, UNetConfig, with_training
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.cuda_graphs import Launched, Work
 from ddpm_fast.engine.execution import Execution, can_compile_for_cpu
 from ddpm_fast.engine.sampling import GRAPH_STEPS, MOST_STAGES, ImageRange, Loop, sample
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
+from ddpm_fast.errors import MathematicsError
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.presets import PRESETS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CAPTURED = Execution(captured=True)

@@ -11,7 +11,7 @@ from ddpm_fast.engine.execution import COMPILING_PAYS_FROM, CPU_FLOP_RATE, EAGER
 
 PAGE_FAULTS = """
 import platform, resource, sys, torch
-from ddpm_fast.config import PRESETS
+from ddpm_fast.presets import PRESETS
 from ddpm_fast.engine.execution import keep_freed_memory
 from ddpm_fast.engine.trainer import Trainer
 if platform.libc_ver()[0] != "glibc":

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from ddpm_fast.config import DiffusionConfig, MathematicsError, SamplerConfig, UNetConfig
+from ddpm_fast.config import DiffusionConfig, SamplerConfig, UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
 from ddpm_fast.diffusion.samplers import Row, sampler_table
 from ddpm_fast.engine.execution import Execution, can_compile_for_cpu
 from ddpm_fast.engine.sampling import ImageRange, Loop, sample
+from ddpm_fast.errors import MathematicsError
 from ddpm_fast.model.unet import UNet
 
 DIFFUSION = DiffusionConfig(timesteps=30, beta_end=0.3)

@@ -10,12 +10,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ddpm_fast import ops
 from ddpm_fast.checks import kernels as check_kernels
-from ddpm_fast.config import PRESETS, Config, DiffusionConfig, SamplerConfig, UNetConfig, with_training
+from ddpm_fast.config import Config, DiffusionConfig, SamplerConfig, UNetConfig, with_training
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import can_compile_for_cpu
 from ddpm_fast.engine.sampling import ImageRange, Loop, sample
 from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.presets import PRESETS
 
 pytest.importorskip("triton")
 

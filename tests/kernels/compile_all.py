@@ -35,8 +35,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ddpm_fast.config import PRESETS, DiffusionConfig, TrainingConfig, UNetConfig
+from ddpm_fast.config import DiffusionConfig, TrainingConfig, UNetConfig
 from ddpm_fast.kernels import checks
+from ddpm_fast.presets import PRESETS
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -10,12 +10,13 @@ import torch
 from compile_all import CONFIGS, Launch, Specialisation, record, specialise
 from torch import Tensor
 
-from ddpm_fast.config import PRESETS, Config, SamplerConfig
+from ddpm_fast.config import Config, SamplerConfig
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_backward
 from ddpm_fast.kernels.q_sample import q_sample
 from ddpm_fast.kernels.reverse_step import reverse_step
 from ddpm_fast.kernels.timestep_embedding import timestep_embedding
+from ddpm_fast.presets import PRESETS
 
 SAMPLERS = (SamplerConfig("ddpm"), SamplerConfig("ddim"), SamplerConfig("dpm++"))
 BULK_LOADS = ("images_ptr", "prediction_ptr", "x_ptr", "out_ptr", "x0_ptr")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.config import PRESETS, UNetConfig
+from ddpm_fast.config import UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.presets import PRESETS
 
 CONFIGS = {
     "non-square": UNetConfig(3, 8, 12, 16, (1, 2), 2, (4,), groups=4),

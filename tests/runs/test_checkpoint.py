@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast.config import PRESETS, InputError
+from ddpm_fast.errors import InputError
+from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import checkpoint
 
 PARTS = {part: {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1.0)} for part in checkpoint.PARTS}
@@ -57,6 +58,26 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, name, damage):
         checkpoint.read(file.parent)
     assert str(file) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_part_that_is_not_needed_may_be_missing(tmp_path):
+    path = save(tmp_path, 1)
+    for part in ("model", "optimizer"):
+        (path / f"{part}.safetensors").unlink()
+    for name in (tmp_path, path):
+        assert checkpoint.resolve(name, ("ema",)).tensors("ema").keys() == PARTS["ema"].keys()
+        with pytest.raises(InputError, match=r"model.safetensors is missing"):
+            checkpoint.resolve(name, ("model",))
+        with pytest.raises(InputError, match=r"model.safetensors is missing"):
+            checkpoint.resolve(name)
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    left_over = tmp_path / "checkpoints/.step-0000001.77.tmp"
+    left_over.mkdir(parents=True)
+    save(tmp_path, 2)
+    assert not left_over.exists()
 
 
 class Bomb:

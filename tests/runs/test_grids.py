@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast.config import InputError
 from ddpm_fast.data import image_files as pictures
 from ddpm_fast.data.image_files import fit
+from ddpm_fast.errors import InputError
 from ddpm_fast.runs import grids as images
 
 

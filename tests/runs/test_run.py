@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast.config import (
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    InputError,
-    MathematicsError,
-    TrainingConfig,
-    UNetConfig,
-    with_training,
-)
+from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig, with_training
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.engine.trainer import Trainer, ema_decay, learning_rate
+from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.run import InterruptedRunError, Run, check_resumable, find_start
 

@@ -1,0 +1,129 @@
+"""The Python interface: train a run, load a model, make images. The command line calls the same functions.
+
+Errors are the command line's sentences, which name its flags: --batch-size is the keyword batch_size, and --no-kernels
+is kernels=False.
+Shapes: N images, C channels, H x W pixels.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+from ddpm_fast.checks.mathematics import check_start, report
+from ddpm_fast.config import Config, LoadOptions
+from ddpm_fast.data.dataset import open_dataset
+from ddpm_fast.errors import MathematicsError, require
+from ddpm_fast.presets import preset as find_preset
+from ddpm_fast.presets import with_flags
+from ddpm_fast.runs.device import enough_memory, prepare_device
+from ddpm_fast.runs.run import Run, find_start, read_config, read_metrics
+from ddpm_fast.runs.trained_model import LoadKeywords, Model, options_from
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run in its directory."""
+
+    directory: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl: "step", "loss", "gradient_norm", "learning_rate" and "wall" of each logging interval."""
+        return read_metrics(self.directory)
+
+    def load(self, **keywords: Unpack[LoadKeywords]) -> Model:
+        """Load the newest checkpoint; see `load`."""
+        return load(self.directory, **keywords)
+
+
+def load(run: str | Path, **keywords: Unpack[LoadKeywords]) -> Model:
+    """Load a trained model.
+
+    Sets PyTorch's switches for TF32, which belong to the process, as the precision asks.
+
+    Args:
+        run: a run's directory, for its newest checkpoint, or one of its checkpoints/step-*, wherever it was copied to.
+        keywords:
+            weights: "ema", averaged, the default; or "raw", the last trained.
+            device: "auto" (the default) takes an NVIDIA GPU if there is one; or "cpu", "cuda".
+            precision: "auto" (the default) is bf16 on GPUs good at it, else fp32; or "fp32", "tf32", "bf16".
+            kernels: run the Triton kernels on a GPU where they are the faster way, default True.
+            compile: compile the U-Net on a GPU, and on a CPU for long sampling, default True.
+            capture: capture each step on a GPU as a CUDA graph, default True.
+
+    Raises:
+        InputError: there is no checkpoint, it is damaged, or a keyword or value is refused.
+    """
+    return Model(Path(run), options_from(LoadOptions, keywords))
+
+
+def train(
+    preset: str | None = None, *, out: str | Path = "", resume: bool = False, progress: bool = True, **flags: Any
+) -> TrainedRun:
+    """Check the mathematics, then train, saying what is done on the way.
+
+    Args:
+        preset: what gives the defaults of all flags: a name of `PRESETS`, "digits" if left out.
+        out: the run's directory, which must not exist or be empty; by default runs/PRESET-N with the next free N.
+        resume: continue from the newest whole checkpoint of `out`; flags left out come from its config.json.
+        progress: show bars.
+        flags: any other flag of `ddpm-fast train`, by its Python name, as batch_size=64 or kernels=False.
+
+    Raises:
+        InputError: a flag or value is refused, the data cannot be used, or the disk not be written.
+        MathematicsError: a check failed, nothing was trained; or a value was not finite, the last good checkpoint is
+            kept.
+        InterruptedRunError: SIGINT or SIGTERM arrived; the run is saved.
+    """
+    config = with_flags(starting_config(preset, str(out), resume), flags)
+    return train_config(config, str(out), resume, progress)
+
+
+def starting_config(preset: str | None, out: str, resume: bool) -> Config:
+    """Return the preset's configuration or, on resuming, the run's own: what flags then change.
+
+    Raises:
+        InputError: there is no such preset, or nothing to resume was named.
+    """
+    if resume:
+        require(out != "", "--resume needs --out: name the run directory to continue")
+        found = read_config(Path(out))
+        if found is not None:
+            return dataclasses.replace(found[0], preset=preset or found[0].preset)
+    return find_preset(preset or "digits")
+
+
+def train_config(config: Config, out: str = "", resume: bool = False, progress: bool = False) -> TrainedRun:
+    """Train what a configuration describes; see `train`."""
+    training = config.training
+    device = prepare_device(training.device, training.precision)
+    directory = Path(out) if out else _next_free(Path("runs"), config.preset)
+    dataset = open_dataset(config.data, config.unet, progress)
+    if dataset.skipped:
+        print(f"left out {len(dataset.skipped)} files that cannot be read (--skip-bad)")
+    found = find_start(directory, config, dataset.fingerprint, resume)
+    step = found.step if found else 0
+    if step >= training.steps:
+        print(f"{directory} is finished: all {step} steps are done; raise --steps to go on")
+        return TrainedRun(directory)
+    if resume:
+        print(f"{directory}: " + (f"continuing at step {step}" if found else "no checkpoint, starting at step 0"))
+    with enough_memory(device, training.batch_size // training.accumulate):
+        if report(check_start(config, dataset, device)):
+            raise MathematicsError("the mathematics is wrong: nothing was trained")
+        run = Run(directory, config, dataset, found, progress)
+        how = f"{device.type}, {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"
+        print(f"training {directory} on {how}: {training.steps} steps, {len(dataset)} images", flush=True)
+        started = time.perf_counter()
+        run.train()
+    print(f"trained in {time.perf_counter() - started:.1f} s; grids in {directory / 'samples'}")
+    return TrainedRun(directory)
+
+
+def _next_free(parent: Path, name: str) -> Path:
+    number = 1
+    while (parent / f"{name}-{number}").exists():
+        number += 1
+    return parent / f"{name}-{number}"

@@ -1,0 +1,118 @@
+"""What is refused: the errors, the checks of values that raise them, and the name that was probably meant."""
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Iterable
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+MEANT = {
+    "amp": "precision",
+    "batch": "batch-size",
+    "beta-schedule": "schedule",
+    "checkpoint-every": "save-every",
+    "dim": "channels",
+    "dim-mults": "channel-multipliers",
+    "dataset": "data",
+    "data-dir": "data",
+    "ema": "ema-decay",
+    "epochs": "steps",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "fp16": "bf16",
+    "gpu": "device cuda",
+    "gpus": "device",
+    "grad-accum": "accumulate",
+    "gradient-accumulation-steps": "accumulate",
+    "grad-clip": "clip-norm",
+    "image-size": "height",
+    "iterations": "steps",
+    "lr": "learning-rate",
+    "lr-warmup-steps": "warmup-steps",
+    "max-grad-norm": "clip-norm",
+    "max-iters": "steps",
+    "max-steps": "steps",
+    "mixed-precision": "precision",
+    "model-channels": "channels",
+    "noise-schedule": "schedule",
+    "num-channels": "channels",
+    "num-images": "count",
+    "num-inference-steps": "steps",
+    "num-res-blocks": "res-blocks",
+    "num-samples": "count",
+    "num-train-timesteps": "timesteps",
+    "objective": "prediction",
+    "output-dir": "out",
+    "prediction-type": "prediction",
+    "random-flip": "flip",
+    "resolution": "height",
+    "resume-from-checkpoint": "resume",
+    "train-batch-size": "batch-size",
+    "train-data-dir": "data",
+    "warmup": "warmup-steps",
+}
+"""What other trainers call ours; where a name is a flag's or a value's, both are named."""
+CLOSE = 0.7
+"""Share of letters that a misspelt name has in common with what was meant; shorter ones match by chance below it."""
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+class InputError(ValueError):
+    """The user's input or request cannot be used: one line, exit status 2."""
+
+
+class MathematicsError(RuntimeError):
+    """A check failed or a value was not finite: exit status 3."""
+
+
+def flag(name: str) -> str:
+    """Return the command line's name for a field, which all messages use."""
+    return f"--{name.replace('_', '-')}"
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a name that is not known, and suggest the nearest."""
+    for name in names:
+        require(name in known, f"unknown {what} {name!r}.{nearest(name, known)}")
+
+
+def require_types(part: Any) -> None:
+    """Refuse values of a wrong type, which Python and JSON let through."""
+    for f in dataclasses.fields(part):
+        value, kind = getattr(part, f.name), f.type
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        is_value = f"{flag(f.name)} is {value!r}"
+        if get_origin(kind) is Literal:
+            choices = get_args(kind)
+            suggestion = nearest(str(value), choices)
+            require(value in choices, f"{is_value}: it must be one of {', '.join(map(repr, choices))}.{suggestion}")
+        elif get_origin(kind) is tuple:
+            whole = isinstance(value, tuple) and all(type(entry) is int for entry in value)
+            require(whole, f"{is_value}: it must be whole numbers")
+        else:
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            require(fits, f"{is_value}: it must be {_KINDS[kind]}")
+
+
+def require_seed(seed: int) -> None:
+    require(0 <= seed < 2**64, f"--seed is {seed}: it must lie in 0..2**64-1")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known name that is meant or close, or "" when none is.
+
+    Names are compared without leading dashes, which all flags share; capitals do not count, and _ is -.
+    """
+    plain = {_plain(entry): entry for entry in known}
+    meant = [entry for entry in MEANT.get(_plain(name), "").split() if entry in plain]
+    matches = meant or difflib.get_close_matches(_plain(name), plain, n=1, cutoff=CLOSE)
+    return f" Did you mean {plain[matches[0]]!r}?" if matches else ""
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("_", "-").lower()

@@ -1,0 +1,35 @@
+"""The device that a command runs on: one line where it is missing or its memory does not suffice."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ddpm_fast.config import Precision
+from ddpm_fast.engine.execution import choose_device, choose_tf32, keep_freed_memory
+from ddpm_fast.errors import InputError
+
+
+def prepare_device(name: str, precision: Precision) -> torch.device:
+    """Return the device, set to compute in that precision.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no NVIDIA GPU that this PyTorch can use; leave the flag out")
+    choose_tf32(precision)
+    keep_freed_memory()
+    return choose_device(name)
+
+
+@contextmanager
+def enough_memory(device: torch.device, batch_size: int) -> Iterator[None]:
+    """Turn running out of a GPU's memory into one line, and give back what was taken."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        raise InputError(
+            f"{device} has too little memory for --batch-size {batch_size}: take a smaller one, or --precision bf16"
+        ) from None

@@ -1,0 +1,181 @@
+"""A checkpoint's U-Net, ready to make images.
+
+Shapes: N images, C channels, H x W pixels, T diffusion timesteps.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.config import Config, LoadOptions, Precision, SamplerConfig, SamplerName, SamplingOptions, Spacing
+from ddpm_fast.diffusion.samplers import sampler_table
+from ddpm_fast.engine.execution import choose_dtype, choose_execution, choose_kernels, choose_tf32
+from ddpm_fast.engine.sampling import ImageRange, Loop, OnStep
+from ddpm_fast.engine.sampling import sample as sample_images
+from ddpm_fast.errors import InputError, require_known
+from ddpm_fast.model.unet import UNet
+from ddpm_fast.runs import checkpoint
+from ddpm_fast.runs.device import enough_memory, prepare_device
+from ddpm_fast.runs.grids import Images, to_uint8
+
+Options = TypeVar("Options", LoadOptions, SamplingOptions)
+
+
+class LoadKeywords(TypedDict, total=False):
+    """The fields of `LoadOptions`, whose defaults hold."""
+
+    weights: Literal["ema", "raw"]
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Precision
+    kernels: bool
+    compile: bool
+    capture: bool
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of `SamplingOptions` but its count, whose defaults hold."""
+
+    sampler: SamplerName
+    steps: int
+    eta: float
+    spacing: Spacing
+    seed: int
+    first_index: int
+    batch_size: int
+
+
+def options_from(cls: type[Options], keywords: Mapping[str, Any]) -> Options:
+    """Build options from keywords.
+
+    Raises:
+        InputError: a keyword is unknown (the nearest is suggested), or a value is refused.
+    """
+    require_known("keyword", keywords, [f.name for f in dataclasses.fields(cls)])
+    return cls(**keywords)
+
+
+class Model:
+    """A trained U-Net that makes images."""
+
+    unet: UNet
+    """The module, on its device: sampling follows changes of its weights."""
+    config: Config
+    """What the run computes."""
+    step: int
+    """Optimizer steps after which the weights were saved."""
+
+    def __init__(self, run: Path, options: LoadOptions) -> None:
+        """Load a run's newest checkpoint, or a checkpoint; see `ddpm_fast.load`."""
+        part = "ema" if options.weights == "ema" else "model"
+        found = checkpoint.resolve(run, (part,))
+        self.path, self.config, self.step, self.options = found.path, found.config, found.step, options
+        self.device = prepare_device(options.device, options.precision)
+        unet = _unet_of(found, part).to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.unet = unet.requires_grad_(False).eval().use_kernels(choose_kernels(options.kernels))
+        self.loop: Loop | None = None
+        self._sampler: SamplerConfig | None = None
+
+    def __repr__(self) -> str:
+        unet = self.config.unet
+        shape = f"{unet.image_channels}x{unet.height}x{unet.width}"
+        return f"<Model {self.path}: {self.options.weights} weights of step {self.step}, {shape}, on {self.device}>"
+
+    @overload
+    def sample(
+        self,
+        count: int = ...,
+        *,
+        return_tensor: Literal[False] = ...,
+        progress: bool = ...,
+        **keywords: Unpack[SamplingKeywords],
+    ) -> Images: ...
+
+    @overload
+    def sample(
+        self,
+        count: int = ...,
+        *,
+        return_tensor: Literal[True],
+        progress: bool = ...,
+        **keywords: Unpack[SamplingKeywords],
+    ) -> Tensor: ...
+
+    def sample(
+        self,
+        count: int = SamplingOptions.count,
+        *,
+        return_tensor: bool = False,
+        progress: bool = True,
+        **keywords: Unpack[SamplingKeywords],
+    ) -> Images | Tensor:
+        """Make images, by number: image 17 of a seed is the same whatever else is asked for.
+
+        What was compiled and captured for a sampler is kept until another one is asked for.
+
+        Args:
+            count: how many.
+            return_tensor: return numbers, not pictures.
+            progress: show a bar.
+            keywords:
+                seed: 0 to 2**64 - 1, default 0.
+                sampler: "ddpm", the paper's and the default; "ddim" or "dpm++" need far fewer steps.
+                steps: 1 to T; the default, 0, is all T.
+                eta: DDIM's share of fresh noise, 0 (the default) to 1.
+                spacing: which timesteps a shorter sampler visits, "trailing" (the default), "leading" or "linspace".
+                first_index: number of the first image, default 0.
+                batch_size: largest number of images made at once, default 64.
+
+        Returns:
+            A list of Pillow images of the model's resolution, of mode L, LA, RGB or RGBA; or
+            [N, C, H, W] float32 on the CPU, black to white as -1 to 1, not clipped beyond what the sampler did.
+
+        Raises:
+            InputError: a keyword or value is refused, or memory does not suffice.
+            MathematicsError: a value is not finite.
+        """
+        samples = self.draw(options_from(SamplingOptions, {"count": count, **keywords}), progress)
+        return samples if return_tensor else Images(to_uint8(samples))
+
+    def draw(self, wanted: SamplingOptions, progress: bool = False, on_step: OnStep | None = None) -> Tensor:
+        """Make images as [N, C, H, W] float32 on the CPU; see `sample`.
+
+        Args:
+            wanted: which images.
+            progress: show a bar.
+            on_step: called after each step with its number and x; see `Loop.run`.
+        """
+        choose_tf32(self.options.precision)  # a setting of the process, which another model may have changed
+        with enough_memory(self.device, wanted.batch_size):
+            self.loop = self._loop_for(wanted)
+            images = ImageRange(wanted.seed, wanted.first_index, wanted.count)
+            return sample_images(self.loop, images, wanted.batch_size, progress, on_step)
+
+    def _loop_for(self, wanted: SamplingOptions) -> Loop:
+        """Return the last loop where it fits, with the U-Net's weights of now, else a new one."""
+        sampler = SamplerConfig(wanted.sampler, wanted.steps, wanted.eta, wanted.spacing)
+        try:
+            table = sampler_table(self.config.diffusion, sampler)
+        except ValueError as error:
+            raise InputError(f"--steps or --eta: {error}") from None
+        flop = float(self.unet.estimate_flop()) * len(table.rows) * wanted.count
+        execution = choose_execution(self.options.compile, self.options.capture, self.device, flop)
+        if self.loop is not None and (sampler, execution) == (self._sampler, self.loop.execution):
+            self.loop.load_weights(self.unet)
+            return self.loop
+        self.loop, self._sampler = None, sampler  # free the old one first
+        return Loop(self.unet, table, choose_dtype(self.options.precision, self.device), execution)
+
+
+def _unet_of(found: checkpoint.Checkpoint, part: str) -> UNet:
+    """Build a checkpoint's U-Net on the CPU with one of its parts' weights."""
+    with torch.device("meta"):
+        unet = UNet(found.config.unet)
+    try:
+        unet.load_state_dict(found.tensors(part), assign=True)
+    except RuntimeError as error:
+        raise InputError(f"{found.path} does not fit its own configuration: {str(error).splitlines()[-1]}") from None
+    return unet
