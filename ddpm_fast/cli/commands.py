@@ -19,13 +19,13 @@ from ddpm_fast.engine.execution import (
     choose_device,
     choose_dtype,
     choose_execution,
-    choose_kernels,
     choose_tf32,
     keep_freed_memory,
 )
 from ddpm_fast.engine.sampling import ImageRange, Loop
 from ddpm_fast.engine.sampling import sample as sample_images
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.ops import choose_ops
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.grids import grid, save_animation, save_image, to_uint8
 from ddpm_fast.runs.run import InterruptedRunError, Run, find_start
@@ -128,7 +128,7 @@ def sample(arguments: SampleArguments) -> int:
         directory.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()
-    unet = load_unet(found, arguments.weights, device).use_kernels(choose_kernels(arguments.kernels))
+    unet = load_unet(found, arguments.weights, device).use(choose_ops(arguments.kernels, device))
     images = ImageRange(arguments.seed, arguments.first_index, arguments.count)
     flop = float(unet.estimate_flop()) * steps * images.count
     execution = choose_execution(arguments.compile, arguments.capture, device, flop)
