@@ -13,7 +13,8 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ENGINE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "kernels"]
 OURS = [*ENGINE, *KERNELS, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 
-ROOMS = "constants config files textbook diffusion ops model engine runs checks cli __main__".split()
+ROOMS = ["constants", "config", "files", "textbook", "diffusion", "ops"]
+ROOMS += ["model", "engine", "runs", "checks", "cli", "__main__"]
 """From left to right: a room imports itself and what is left of it."""
 DATA = {"data", "config", "files", "diffusion.noise"}
 """What the room `data` imports; the engine and what is right of it may import data."""
