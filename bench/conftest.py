@@ -15,9 +15,9 @@ from bench.timing.timings import Timings
 from bench.work.figures import Ceilings, copy_rate, matrix_rate, rates, scenario_figures
 from bench.work.ops import Op, OpWork
 from bench.work.scenarios import Scenario, Variant, default_variant, loop_dtype, variants
-from ddpm_fast.engine.execution import choose_device, keep_freed_memory
+from ddpm_fast.engine.execution import choose_device, disable_malloc_trim
 
-keep_freed_memory()
+disable_malloc_trim()
 DEVICE = choose_device("auto")
 CLOCK = clock_for(DEVICE)
 SIZES = sizes_for(DEVICE)

@@ -77,7 +77,7 @@ class DiffusionConfig:
     timesteps: int = 1000
     """Diffusion timesteps T."""
     schedule: Literal["linear", "cosine", "sigmoid"] = "linear"
-    """How beta grows with t: the paper's line, or alphas_cumprod as a squared cosine or a sigmoid."""
+    """How beta grows with t: the paper's line, or alpha_bar as a squared cosine or a sigmoid."""
     beta_start: float = 1e-4
     """First beta of the linear schedule."""
     beta_end: float = 0.02

@@ -24,7 +24,7 @@ from ddpm_fast.kernels.philox import CHANNEL_STEP, DROPOUT, load_key, load_word,
 
 REGISTER_TILE = 16384  # elements of all inputs together that a program keeps in registers
 WARP_TILE = 1024  # of them a warp's, 32 a thread: with 64, ptxas took 130 to 240 registers, or spilt a few
-LOOP_TILE_BYTES = 8 * 1024  # of all inputs together, at a time, of a program that loops: two vectors a thread
+LOOP_TILE_BYTES = 8 * 1024  # of all inputs together, at a time, of a program that loops: two vectors per thread
 LOOP_BYTES = 128 * 1024  # what a program may read twice: four a multiprocessor then still fit in an H100's 50 MB of L2
 SLICE_BYTES = 32 * 1024
 ROW_BYTES = (32, 64)  # of a pixel's row in a block: at least a memory sector, and two where there is room
@@ -102,7 +102,7 @@ def store_tile(base, start, value, mask, channel, C: tl.constexpr, BLOCK_P: tl.c
 
 @triton.jit
 def drop(value, noise, first_pixel):
-    """Drop from [BLOCK_P, BLOCK_C], if there is a key, what its word says, and scale what is kept.
+    """Apply dropout to [BLOCK_P, BLOCK_C] if there is a key: zero where the random word is low, scale the others.
 
     One Philox call serves four neighbouring channels.
     noise: key, sample_index, layer, image, first channel, which divides by 4, threshold and scale.
@@ -144,7 +144,7 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1
 
     Args:
         pixels, channels, groups: H * W, C and G.
-        itemsize: bytes an element.
+        itemsize: bytes per element.
         inputs: tensors read: 1 forward, 2 backward.
 
     Raises:

@@ -1,7 +1,7 @@
 """timestep_embedding: sines, then cosines, of t * exp(-ln(10000) * i / (dim / 2 - 1)) (Ho et al. 2020, Appendix B).
 
 The angle is taken in float64 and reduced to a quarter turn there; sine and cosine follow by float32 polynomials. So the
-error is 2e-7 at any t, where float32 angles alone cost 6e-5 at t = 1000. It is a few thousand angles a call: float64
+error is 2e-7 at any t, where float32 angles alone cost 6e-5 at t = 1000. It is a few thousand angles per call: float64
 costs nothing that can be seen, even where it runs at 1/64 of float32's rate.
 Layout: [N, dim] row by row. Bytes moved: 8 read and dim * 2 or 4 written a timestep. Not yet timed on a GPU.
 Shapes: N timesteps (of a batch, or of a whole table of steps), half = dim / 2.
@@ -17,7 +17,7 @@ from torch import Tensor
 from ddpm_fast.kernels import checks
 from ddpm_fast.kernels.philox import rotate_quadrants, sin_cos_octant
 
-BLOCK = tl.constexpr(512)  # angles a program
+BLOCK = tl.constexpr(512)  # angles per program
 _TWO_PI = tl.constexpr(2 * math.pi)
 _DECAY = tl.constexpr(-math.log(10000.0))
 

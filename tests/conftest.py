@@ -13,7 +13,7 @@ import os
 import pytest
 import torch
 
-from ddpm_fast.engine.execution import choose_tf32
+from ddpm_fast.engine.execution import set_tf32
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
@@ -46,4 +46,4 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
 @pytest.fixture(autouse=True)
 def exact_float32() -> None:
     """Let no convolution round float32 to TF32, as PyTorch does by itself: tests hold float32 to float32's rounding."""
-    choose_tf32("fp32")
+    set_tf32("fp32")

@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untrained(run: Path, config: Config) -> Path:
     """Write a checkpoint with weights drawn at random: other ones as averaged than as last trained."""
     parts = {}
-    for seed, part in enumerate(checkpoint.PARTS):
+    for seed, part in enumerate(checkpoint.TENSOR_FILES):
         torch.manual_seed(seed)
         parts[part] = {
             name: p.detach() + 0.02 * torch.randn(p.shape) for name, p in UNet(config.unet).named_parameters()

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 
 from ddpm_fast import textbook
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, SamplerConfig, TrainingConfig, UNetConfig
-from ddpm_fast.diffusion.noise import NoiseAddress, Stream, first_word, key_from_seed, normal, timesteps, words_below
+from ddpm_fast.diffusion.noise import (
+    NoiseAddress,
+    Stream,
+    example_word,
+    key_from_seed,
+    normal,
+    random_timesteps,
+    random_words_below,
+)
 from ddpm_fast.diffusion.samplers import sampler_table
-from ddpm_fast.engine.execution import EAGER, Execution, can_compile_for_cpu, choose_tf32
-from ddpm_fast.engine.sampling import ImageRange, Loop, sample
+from ddpm_fast.engine.execution import EAGER, Execution, can_compile_for_cpu, set_tf32
+from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.ops import REFERENCE, fused_ops
 
@@ -40,10 +48,10 @@ class TrainingNumbers:
 
     def rand(self, shape: tuple[int, ...]) -> Tensor:
         # The engine mirrors where a word lies in the upper half, the textbook where a number lies in the lower.
-        return 1 - (first_word(self.address, Stream.FLIP).double() + 0.5).view(shape) / 2**32
+        return 1 - (example_word(self.address, Stream.FLIP).double() + 0.5).view(shape) / 2**32
 
     def randint(self, high: int, shape: tuple[int]) -> Tensor:
-        return timesteps(self.address, high).view(shape)
+        return random_timesteps(self.address, high).view(shape)
 
     def randn(self, shape: tuple[int, int, int, int]) -> Tensor:
         return normal(self.address, 0, Stream.TRAINING, shape[1:], torch.float64)
@@ -72,7 +80,7 @@ class AddressedDropout(nn.Module):
         if not self.training:
             return x
         shape, threshold = (x.shape[1], x.shape[2], x.shape[3]), int(self.probability * 2**32)
-        dropped = words_below(self.numbers.address, self.layer, Stream.DROPOUT, shape, threshold)
+        dropped = random_words_below(self.numbers.address, self.layer, Stream.DROPOUT, shape, threshold)
         return x.masked_fill(dropped, 0) / (1 - self.probability)
 
 
@@ -113,7 +121,7 @@ def configuration(prediction: str, unet: UNetConfig = UNET, **changes: Any) -> C
 
 
 def engine(config: Config, kernels: bool = False, execution: Execution = EAGER) -> Trainer:
-    choose_tf32("fp32")
+    set_tf32("fp32")
     trainer, generator = Trainer(config, batch, DEVICE, execution), torch.Generator().manual_seed(0)
     trainer.unet.use(fused_ops() if kernels else REFERENCE)
     with torch.no_grad():
@@ -197,7 +205,7 @@ def assert_samples_as_the_textbook(
 ) -> None:
     """Compare images, by their largest value."""
     unet, diffusion = engine(config, kernels).unet, config.diffusion
-    images = sample(Loop(unet, sampler_table(diffusion, sampler), execution=execution), IMAGES).double()
+    images = sample(SamplingLoop(unet, sampler_table(diffusion, sampler), execution=execution), IMAGES).double()
     network = textbook_unet(config.unet, unet.state_dict(), TrainingNumbers(0)).eval()
     visited = textbook.choose_timesteps(diffusion.timesteps, sampler.steps, sampler.spacing)
     process, random = textbook.ForwardProcess(diffusion, visited), SamplingNumbers(IMAGES)

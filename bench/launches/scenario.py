@@ -17,7 +17,7 @@ from bench.launches.kinds import count
 from bench.launches.operators import standing_in
 from bench.launches.record import Entry, captures, note, recorded
 from bench.work.scenarios import CONFIGURATIONS, Variant, sampling, train_step
-from ddpm_fast.engine.sampling import GRAPH_STEPS, Loop
+from ddpm_fast.engine.sampling import GRAPH_STEPS, SamplingLoop
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
 
 REST = 3
@@ -27,7 +27,7 @@ REST = 3
 def _sampling(configuration: str, batch: int, variant: Variant) -> tuple[list[Entry], list[Entry], list[Entry]]:
     steps = 2 * GRAPH_STEPS + REST
     # The stand-in computes no values to compare.
-    with mock.patch.object(Loop, "_compare"), recorded() as first:
+    with mock.patch.object(SamplingLoop, "_compare"), recorded() as first:
         scenario = sampling(CONFIGURATIONS[configuration], batch, steps, variant, torch.device("cuda"))
         scenario.work()
     with recorded() as again:

@@ -137,7 +137,7 @@ def compare(
         calls: of each, to warm up.
 
     Returns:
-        A row a peer: seconds a call and how many times as long as OURS it took, round by round, or the reason
+        A row per peer: seconds per call and how many times as long as OURS it took, round by round, or the reason
         why it could not run.
     """
     works: dict[str, Work] = {}

@@ -1,6 +1,6 @@
 """denoising-diffusion-pytorch's training step and sampling loop.
 
-Its U-Net is another network than the paper's: two ResBlocks a level on either way, linear attention but at the lowest
+Its U-Net is another network than the paper's: two ResBlocks per level on either way, linear attention but at the lowest
 level, RMS norms. Imported late: torchvision, which it needs, does not import beside every build of torch.
 Shapes: N images, C channels, H x W pixels, K steps.
 """

@@ -15,8 +15,8 @@ from bench.work.scenarios import CONFIGURATIONS, Variant, default_variant
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import SamplerTable, sampler_table
-from ddpm_fast.engine.execution import choose_tf32
-from ddpm_fast.engine.sampling import GRAPH_STEPS, Loop
+from ddpm_fast.engine.execution import set_tf32
+from ddpm_fast.engine.sampling import GRAPH_STEPS, SamplingLoop
 from ddpm_fast.engine.trainer import new_unet
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
@@ -50,7 +50,7 @@ def hide_nothing(unet: UNet) -> UNet:
 
 def _make(unet: UNet, table: SamplerTable, size: Sampling, variant: Variant, dtype: torch.dtype) -> Made:
     ops = choose_ops(variant.kernels, unet.conv_in.weight.device)
-    loop = Loop(unet.use(ops), table, dtype, variant.execution)
+    loop = SamplingLoop(unet.use(ops), table, dtype, variant.execution)
     address = NoiseAddress(key_from_seed(0, loop.device), torch.arange(size.batch, device=loop.device))
     return Made(variant, dtype, loop.run(address).double())
 
@@ -65,7 +65,7 @@ def agreement(bench: Workbench, size: Sampling) -> list[Row]:
     Raises:
         MathematicsError: a captured loop's own comparison with the eager one failed.
     """
-    choose_tf32("fp32")  # the measure of rounding is a float32 loop on a GPU
+    set_tf32("fp32")  # the measure of rounding is a float32 loop on a GPU
     config, default = CONFIGURATIONS[size.configuration], default_variant(bench.device)
     unet, table = (
         hide_nothing(new_unet(config, bench.device)),

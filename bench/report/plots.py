@@ -68,13 +68,13 @@ def draw_roofline(ceilings: list[Row], loops: list[Row], ops: list[Row]) -> Figu
     if any(row["form"] == "kernel" for row in ops):
         axis.plot([], [], "^", color="#1e8449", label="op, kernel or compiled")
     axis.set_xlabel("operations a byte (least bytes; elementwise operations counted by hand)")
-    axis.set_ylabel("10¹² operations a second")
+    axis.set_ylabel("10¹² operations per second")
     axis.legend(fontsize=8, frameon=False)
     return figure
 
 
 def draw_loops(rows: list[Row]) -> Figure:
-    """Milliseconds a step of every variant, with the quartiles."""
+    """Milliseconds per step of every variant, with the quartiles."""
     figure, (axis,) = _figure(8, 1.2 + 0.35 * len(rows))
     medians = [row["seconds_per_step"]["median"] * 1e3 for row in rows]
     spread = [
@@ -121,8 +121,8 @@ def draw_scaling(rows: list[Row]) -> Figure:
         )
         axis.set_xticks(values, [str(value) for value in values])
         axis.minorticks_off()
-        axis.set_xlabel({"batch": "images a batch", "image side": "image side, pixels"}.get(over, over))
-        axis.set_ylabel("seconds in all" if over == "steps" else "seconds a step")
+        axis.set_xlabel({"batch": "images per batch", "image side": "image side, pixels"}.get(over, over))
+        axis.set_ylabel("seconds in all" if over == "steps" else "seconds per step")
     return figure
 
 

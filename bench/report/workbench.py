@@ -10,7 +10,7 @@ from bench.timing.clock import Clock, clock_for
 from bench.timing.energy import EnergyMeter, energy_meter
 from bench.work.figures import Ceilings
 from bench.work.scenarios import loop_dtype
-from ddpm_fast.engine.execution import keep_freed_memory
+from ddpm_fast.engine.execution import disable_malloc_trim
 
 Row = dict[str, Any]
 """A line of the report's tables, ready for JSON."""
@@ -31,5 +31,5 @@ class Workbench:
     @staticmethod
     def at(device: torch.device, sizes: Sizes) -> "Workbench":
         """Set up on a device as the command line does."""
-        keep_freed_memory()
+        disable_malloc_trim()
         return Workbench(device, sizes, clock_for(device), energy_meter(device), loop_dtype(device))

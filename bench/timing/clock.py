@@ -41,7 +41,7 @@ class Clock:
         return time.perf_counter()
 
     def seconds(self, work: Work, calls: int = 1) -> float:
-        """Run work `calls` times and return the seconds a call took."""
+        """Run work `calls` times and return the seconds per call."""
         start = self.now()
         for _ in range(calls):
             work()
@@ -81,7 +81,7 @@ class Clock:
     def return_memory(self) -> None:
         """Return what nothing uses to the device."""
         gc.collect()
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's, which `keep_freed_memory` holds back
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's, which `disable_malloc_trim` holds back
             trim(0)
 
 
@@ -151,7 +151,7 @@ def interleave(works: Mapping[str, Work], clock: Clock, seconds: float, least: i
         least: rounds, even if they take longer.
 
     Returns:
-        Seconds a call of each, as many samples as there were rounds.
+        Seconds per call of each, as many samples as there were rounds.
     """
     start = time.monotonic()
     calls = {name: max(1, math.ceil(SHORTEST_SECONDS / clock.seconds(work))) for name, work in works.items()}
@@ -166,5 +166,5 @@ def interleave(works: Mapping[str, Work], clock: Clock, seconds: float, least: i
 
 
 def measure(work: Work, clock: Clock, seconds: float, least: int = 3) -> Timings:
-    """Time one work, warmed up, for about `seconds`: seconds a call."""
+    """Time one work, warmed up, for about `seconds`: seconds per call."""
     return interleave({"work": work}, clock, seconds, least)["work"]

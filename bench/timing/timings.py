@@ -38,7 +38,7 @@ class Timings:
         return statistics.quantiles(self.values, method="inclusive") if self.n > 1 else self.values * 3
 
     def map(self, change: Callable[[float], float]) -> "Timings":
-        """Return the samples of another unit, e.g. seconds a step from seconds a call."""
+        """Return the samples of another unit, e.g. seconds per step from seconds per call."""
         return Timings(tuple(change(value) for value in self.values))
 
     def to_json(self) -> dict[str, float | int]:

@@ -2,7 +2,7 @@
 
 Counted on the meta device, where tensors have shapes and no values: nothing is computed. FLOPs are those of
 convolutions and matrix products, 2 for a multiply and an add (`torch.utils.flop_counter`): the paper's CIFAR-10 U-Net
-has 12.44 GFLOP an image forward. Bytes are the least that an unfused network moves: each convolution, linear layer
+has 12.44 GFLOP per image forward. Bytes are the least that an unfused network moves: each convolution, linear layer
 and GroupNorm reads its input and its weights once and writes its output once.
 Shapes: N images, C channels, H x W pixels.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_fast.config import UNetConfig
-from ddpm_fast.model.blocks import GroupNormSiLU
+from ddpm_fast.model.blocks import FusedGroupNorm
 from ddpm_fast.model.unet import UNet
 
 
@@ -26,7 +26,7 @@ def _meta_pass(config: UNetConfig, training: bool, hook: Any = None) -> None:
         t = torch.zeros(1, dtype=torch.int64)
     if hook is not None:
         for module in unet.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear | GroupNormSiLU):
+            if isinstance(module, nn.Conv2d | nn.Linear | FusedGroupNorm):
                 module.register_forward_hook(hook)
     with torch.set_grad_enabled(training):
         out = unet(x, t)
@@ -36,7 +36,7 @@ def _meta_pass(config: UNetConfig, training: bool, hook: Any = None) -> None:
 
 @cache
 def unet_flop(config: UNetConfig, training: bool) -> int:
-    """Return the FLOPs an image of a forward pass, or of a forward and a backward pass."""
+    """Return the FLOPs per image of a forward pass, or of a forward and a backward pass."""
     with FlopCounterMode(display=False) as counter:
         _meta_pass(config, training)
     return counter.get_total_flops()
@@ -44,7 +44,7 @@ def unet_flop(config: UNetConfig, training: bool) -> int:
 
 @cache
 def unet_elements(config: UNetConfig) -> tuple[int, int]:
-    """Return the activations an image that layers read and write, and the weights that they read, in elements."""
+    """Return the activations per image that layers read and write, and the weights that they read, in elements."""
     activations, weights = 0, 0
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

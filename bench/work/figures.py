@@ -65,7 +65,7 @@ def rates(seconds: float, flop: float, moved: float, ceilings: Ceilings | None) 
 def scenario_figures(
     scenario: Scenario, taken: Timings, dtype: torch.dtype, ceilings: Ceilings | None
 ) -> dict[str, Any]:
-    """Return what is said of a training step or a sampling loop that took `taken` seconds a call."""
+    """Return what is said of a training step or a sampling loop that took `taken` seconds per call."""
     passes = scenario.steps * scenario.images
     flop = unet_flop(scenario.unet, scenario.training) * passes
     moved = unet_bytes(scenario.unet, scenario.images, scenario.training, dtype) * scenario.steps

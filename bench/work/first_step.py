@@ -17,7 +17,7 @@ from typing import Literal
 
 from bench.timing.clock import clock_for
 from bench.work.scenarios import CONFIGURATIONS, default_variant, sampling, train_step
-from ddpm_fast.engine.execution import choose_device, keep_freed_memory
+from ddpm_fast.engine.execution import choose_device, disable_malloc_trim
 
 Kind = Literal["train", "sample"]
 
@@ -27,7 +27,7 @@ CACHES = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA
 
 def first_step(kind: Kind, configuration: str, batch: int) -> None:
     """Run one step and print its seconds and the time of day at its end."""
-    keep_freed_memory()
+    disable_malloc_trim()
     device = choose_device("auto")
     config, variant = CONFIGURATIONS[configuration], default_variant(device)
     start = time.monotonic()

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast.checks.process import Line
+from ddpm_fast.checks.process import CheckResult
 from ddpm_fast.config import Config, UNetConfig
-from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, timesteps
+from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, random_timesteps
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.diffusion.schedule import training_table
-from ddpm_fast.model.blocks import GroupNormSiLU
+from ddpm_fast.model.blocks import FusedGroupNorm
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import REFERENCE, Ops
 from ddpm_fast.ops.reference import Dropout
@@ -67,7 +67,7 @@ def norms(config: UNetConfig) -> Counter[Norm]:
     found: Counter[Norm] = Counter()
 
     def look(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        assert isinstance(module, GroupNormSiLU)
+        assert isinstance(module, FusedGroupNorm)
         x, *rest = arguments
         shift, dropout = (*rest, None, None)[:2]
         _, channels, height, width = x.shape
@@ -77,7 +77,7 @@ def norms(config: UNetConfig) -> Counter[Norm]:
     with torch.device("meta"):
         unet = UNet(config)
         for module in unet.modules():
-            if isinstance(module, GroupNormSiLU):
+            if isinstance(module, FusedGroupNorm):
                 module.register_forward_pre_hook(look)
         one = torch.zeros(1, dtype=torch.int64)
         x = torch.zeros(1, config.image_channels, config.height, config.width)
@@ -122,7 +122,7 @@ def _training_cases(config: Config, images: int, device: torch.device, dtype: to
         address = _address(config, images, device)
         return {
             "images": (127.5 + 80 * _maps(shape, device, 0)).clamp(0, 255).to(torch.uint8),
-            "t": timesteps(NoiseAddress(**address), config.diffusion.timesteps),
+            "t": random_timesteps(NoiseAddress(**address), config.diffusion.timesteps),
             "table": training_table(config.diffusion, config.training.min_snr_gamma).to(device),
             **address,
         }
@@ -239,11 +239,11 @@ def worst_cases(
     return worst
 
 
-def check_kernels(ops: Ops, config: Config, device: torch.device, dtype: torch.dtype) -> Iterator[Line]:
+def check_kernels(ops: Ops, config: Config, device: torch.device, dtype: torch.dtype) -> Iterator[CheckResult]:
     """Check every kernel at this U-Net's shapes on a few images, one line per op and direction."""
     for name, (error, bound, shape) in worst_cases(ops, config, QUICK_IMAGES, device, dtype).items():
         line, file = f"the {name} kernel equals plain PyTorch", f"kernels/{name.split()[0]}.py"
-        yield Line(line, error <= bound, f"below {bound:.1e}", f"{error:.1e} at {shape}", file)
+        yield CheckResult(line, error <= bound, f"below {bound:.1e}", f"{error:.1e} at {shape}", file)
 
 
 def kernel_table(ops: Ops, config: Config, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, bool]]:

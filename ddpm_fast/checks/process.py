@@ -18,7 +18,7 @@ SIGMAS = 5.0
 
 
 @dataclass(frozen=True)
-class Line:
+class CheckResult:
     """One thing that was checked."""
 
     name: str
@@ -68,7 +68,7 @@ def _correlation_sigmas(a: Tensor, b: Tensor) -> float:
     return abs(float((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt())) * len(a) ** 0.5
 
 
-def check_noise(shape: tuple[int, int, int], device: torch.device, ops: Ops = REFERENCE) -> Iterator[Line]:
+def check_noise(shape: tuple[int, int, int], device: torch.device, ops: Ops = REFERENCE) -> Iterator[CheckResult]:
     """Check that noise is N(0, 1) and independent over pixels, channels, samples and steps."""
     _, height, width = shape
     count = max(2, min(4096, 65536 // (height * width)))
@@ -82,7 +82,7 @@ def check_noise(shape: tuple[int, int, int], device: torch.device, ops: Ops = RE
         distance = kolmogorov_smirnov(z)
         normal = abs(mean) < SIGMAS and abs(variance) < SIGMAS and distance < 2.2
         found = f"mean {mean:+.1f} and variance {variance:+.1f} standard errors off, Kolmogorov-Smirnov {distance:.2f}"
-        yield Line(f"{name} noise is N(0, 1)", normal, f"within {SIGMAS:.0f}, below 2.2", found, file)
+        yield CheckResult(f"{name} noise is N(0, 1)", normal, f"within {SIGMAS:.0f}, below 2.2", found, file)
         neighbours = {
             "channels": (z[:, 1:], z[:, :-1]),
             "samples": (z[1:], z[:-1]),
@@ -94,59 +94,61 @@ def check_noise(shape: tuple[int, int, int], device: torch.device, ops: Ops = RE
             neighbours["columns"] = (z[..., 1:], z[..., :-1])
         worst, off = max(((k, _correlation_sigmas(*v)) for k, v in neighbours.items()), key=lambda kv: kv[1])
         found = f"between {worst} {off:.1f} standard errors"
-        yield Line(f"{name} noise is independent", off < SIGMAS, f"correlations within {SIGMAS:.0f}", found, file)
+        yield CheckResult(
+            f"{name} noise is independent", off < SIGMAS, f"correlations within {SIGMAS:.0f}", found, file
+        )
 
 
-def check_schedule(diffusion: DiffusionConfig) -> Iterator[Line]:
+def check_schedule(diffusion: DiffusionConfig) -> Iterator[CheckResult]:
     """Check that the schedule falls monotonically and ends in noise, and that variance is preserved."""
     file = "ddpm_fast/diffusion/schedule.py"
-    betas, alpha_bar = schedule.betas(diffusion), schedule.alphas_cumprod(diffusion)
+    betas, alpha_bar = schedule.betas(diffusion), schedule.make_alpha_bar(diffusion)
     monotone = bool((betas > 0).all() and (betas < 1).all() and (alpha_bar.diff() < 0).all())
     found = f"betas {float(betas.min()):.2g}..{float(betas.max()):.2g}"
-    yield Line("the schedule is monotone", monotone, "0 < beta < 1 and alphas_cumprod falling", found, file)
+    yield CheckResult("the schedule is monotone", monotone, "0 < beta < 1 and alpha_bar falling", found, file)
     last = float(alpha_bar[-1])
-    yield Line(
-        "the schedule ends in noise", last < 0.01, "alphas_cumprod[T-1] below 0.01", f"{last:.2g}", f"{file}, or betas"
+    yield CheckResult(
+        "the schedule ends in noise", last < 0.01, "alpha_bar[T-1] below 0.01", f"{last:.2g}", f"{file}, or betas"
     )
     # Products of 1 - beta by another way: sums of logarithms.
     expected = torch.exp(torch.cumsum(torch.log1p(-betas), 0))
     table = TrainingTable(*schedule.training_table(diffusion).double().unbind(1))
     off = float((table.signal**2 - expected).abs().max())
-    name, wanted = "signal is sqrt(alphas_cumprod)", "signal**2 = prod(1 - beta) within 1e-6"
-    yield Line(name, off < 1e-6, wanted, f"{off:.1e} off", file)
+    name, wanted = "signal is sqrt(alpha_bar)", "signal**2 = prod(1 - beta) within 1e-6"
+    yield CheckResult(name, off < 1e-6, wanted, f"{off:.1e} off", file)
     off = float((table.signal**2 + table.noise**2 - 1).abs().max())
     wanted = "signal**2 + noise**2 = 1 within 1e-6"
-    yield Line("Var[x_t] = 1 at every t", off < 1e-6, wanted, f"{off:.1e} off", file)
+    yield CheckResult("Var[x_t] = 1 at every t", off < 1e-6, wanted, f"{off:.1e} off", file)
 
 
 def closed_form_target(diffusion: DiffusionConfig, t: Tensor, x_start: Tensor, eps: Tensor) -> Tensor:
-    """Return what the network should predict, from alphas_cumprod alone."""
-    ab = schedule.alphas_cumprod(diffusion).to(x_start.device)[t].view(-1, 1, 1, 1)
-    v = ab.sqrt() * eps - (1 - ab).sqrt() * x_start
+    """Return what the network should predict, from alpha_bar alone."""
+    alpha_bar = schedule.make_alpha_bar(diffusion).to(x_start.device)[t].view(-1, 1, 1, 1)
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_start
     return {"eps": eps, "x0": x_start, "v": v}[diffusion.prediction].float()
 
 
-def check_samplers(diffusion: DiffusionConfig, device: torch.device, ops: Ops = REFERENCE) -> Iterator[Line]:
+def check_samplers(diffusion: DiffusionConfig, device: torch.device, ops: Ops = REFERENCE) -> Iterator[CheckResult]:
     """Check the posterior by Bayes' rule computed another way, and every sampler with the true prediction."""
     file = "ddpm_fast/diffusion/samplers.py"
     row = Row(*sampler_table(diffusion).rows.flip(0).unbind(1))  # row t now belongs to t
     betas = schedule.betas(diffusion)[1:]
-    prior_variance = 1 - schedule.alphas_cumprod(diffusion)[:-1]
+    prior_variance = 1 - schedule.make_alpha_bar(diffusion)[:-1]
     # q(x_{t-1} | x_0) times q(x_t | x_{t-1}), both Gaussian: precisions add up.
     variance = 1 / (1 / prior_variance + (1 - betas) / betas)
     from_x0 = variance * (1 - prior_variance).sqrt() / prior_variance
     from_x = variance * (1 - betas).sqrt() / betas
     off = float(torch.maximum((row.next_from_x0[1:] - from_x0).abs(), (row.next_from_x[1:] - from_x).abs()).max())
-    yield Line("the posterior mean is Bayes' rule", off < 1e-9, "within 1e-9", f"{off:.1e} off", file)
+    yield CheckResult("the posterior mean is Bayes' rule", off < 1e-9, "within 1e-9", f"{off:.1e} off", file)
     expected = variance if diffusion.variance == "small" else betas
     off = float((row.noise[1:] ** 2 / expected - 1).abs().max()) + float(row.noise[0].abs())
     name = f"the posterior variance is the fixed {diffusion.variance} one"
-    yield Line(name, off < 1e-9, "within 1e-9 of it, none in the last step", f"{off:.1e} off", file)
+    yield CheckResult(name, off < 1e-9, "within 1e-9 of it, none in the last step", f"{off:.1e} off", file)
     steps = min(20, diffusion.timesteps)
     for config in (SamplerConfig("ddpm", steps), SamplerConfig("ddim", steps), SamplerConfig("dpm++", steps)):
         off = _distance_with_true_prediction(diffusion, sampler_table(diffusion, config), device, ops)
         name = f"{config.sampler} with the true prediction ends on the data"
-        yield Line(name, off < 1e-3, "within 1e-3", f"{off:.1e} off", f"{file} or ddpm_fast/ops/reference.py")
+        yield CheckResult(name, off < 1e-3, "within 1e-3", f"{off:.1e} off", f"{file} or ddpm_fast/ops/reference.py")
 
 
 def _distance_with_true_prediction(
@@ -161,8 +163,8 @@ def _distance_with_true_prediction(
     rows = table.rows.to(device, torch.float32)
     for k in range(len(rows)):
         t = rows[k, SAMPLER_COLUMN.t].long().expand(2)
-        ab = schedule.alphas_cumprod(diffusion).to(device)[t].view(-1, 1, 1, 1)
-        eps = (x.double() - ab.sqrt() * x_start) / (1 - ab).sqrt()
+        alpha_bar = schedule.make_alpha_bar(diffusion).to(device)[t].view(-1, 1, 1, 1)
+        eps = (x.double() - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
         prediction = closed_form_target(diffusion, t, x_start.double(), eps)
         step = torch.full((1,), k, dtype=torch.int64, device=device)
         options = {"clip": table.clip, "noisy": table.noisy}

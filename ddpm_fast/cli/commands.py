@@ -46,7 +46,7 @@ class Frames:
         self._steps, self._finished = steps, False
 
     def keep(self, k: int, x: Tensor) -> None:
-        """Look at x after step k, as `Loop.run` calls it."""
+        """Look at x after step k, as `SamplingLoop.run` calls it."""
         last = k == self._steps - 1
         if not self._finished and (k * ANIMATION_FRAMES // self._steps >= len(self.kept) or last):
             self.kept.append(x[:ANIMATED_IMAGES].to("cpu", copy=True))  # the loop writes on in x

@@ -1,7 +1,7 @@
 """Images in: a folder, an array or the built-in digits become one uint8 store, decoded once, memory-mapped after.
 
 The rule, the same for every source: turn upright (EXIF); convert to the channel count (1 grey, 2 grey and alpha,
-3 RGB, 4 RGBA; for 1 and 3 what is transparent is laid over white); resize, keeping the aspect, until the image just
+3 RGB, 4 RGBA; for 1 and 3 transparency is composited over white); resize, keeping the aspect, until the image just
 covers H x W (Lanczos, with antialiasing); cut out the centre.
 Shapes: M images in the store, N in a batch, C channels, H x W pixels.
 """

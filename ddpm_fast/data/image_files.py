@@ -43,7 +43,7 @@ def decode(path: Path) -> Image.Image:
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to L, LA, RGB or RGBA; 16-bit grey keeps its high byte, what is transparent is laid over white."""
+    """Convert to L, LA, RGB or RGBA; 16-bit grey keeps its high byte, transparency is composited over white."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         # I;16 and I hold 16-bit samples, F usually 0..255 or 0..1.

@@ -105,7 +105,7 @@ def pixel_words(address: NoiseAddress, step: Tensor | int, stream: Stream, shape
     key, sample_index = address
     c0 = torch.arange(height * width, device=sample_index.device).view(1, 1, -1)
     c1 = (sample_index & MASK).view(-1, 1, 1)
-    # A number is written by the device itself: copying it there would wait, which a captured graph must not.
+    # Fill on the device: a host-to-device copy would synchronise, which is illegal during graph capture.
     c2 = step if isinstance(step, Tensor) else torch.full((1,), step, dtype=torch.int64, device=sample_index.device)
     c2 = c2.view(1, 1, 1)
     c3 = (int(stream) + CHANNEL_STEP * torch.arange((channels + 3) // 4, device=sample_index.device)).view(1, -1, 1)
@@ -132,27 +132,27 @@ def normal(
     return _channels_first(torch.stack(pairs), shape)
 
 
-def words_below(
+def random_words_below(
     address: NoiseAddress, step: Tensor | int, stream: Stream, shape: tuple[int, int, int], threshold: int
 ) -> Tensor:
     """Return [N, C, H, W] bool: is the word below `threshold`, i.e. an event of probability threshold / 2**32."""
     return _channels_first(pixel_words(address, step, stream, shape) < threshold, shape)
 
 
-def first_word(address: NoiseAddress, stream: Stream) -> Tensor:
+def example_word(address: NoiseAddress, stream: Stream) -> Tensor:
     """Return [N] int64: the first word at pixel 0, step 0 of each sample."""
     zero = torch.zeros_like(address.sample_index)
     return philox((zero, address.sample_index & MASK, zero, zero + int(stream)), address.key)[0]
 
 
-def timesteps(address: NoiseAddress, total: int) -> Tensor:
+def random_timesteps(address: NoiseAddress, total: int) -> Tensor:
     """Draw t uniformly from 0..total-1 for each training example: [N] int64."""
-    return integer_below(first_word(address, Stream.TIMESTEP), total)
+    return integer_below(example_word(address, Stream.TIMESTEP), total)
 
 
-def flips(address: NoiseAddress) -> Tensor:
+def random_flips(address: NoiseAddress) -> Tensor:
     """Decide with probability 1/2 for each training example whether it is mirrored: [N] bool."""
-    return first_word(address, Stream.FLIP) >= 2**31
+    return example_word(address, Stream.FLIP) >= 2**31
 
 
 def permutation(key: Tensor, epoch: int, n: int) -> Tensor:

@@ -7,8 +7,8 @@ One reverse step, whatever the sampler, with the row's columns as coefficients:
            + next_from_x0_prev * x0_prev + noise * z
 
 x is x_t, prediction what the U-Net returned, x0_prev the last step's x0, z fresh noise, t what the U-Net is told.
-All rows are computed in float64. ab is alphas_cumprod at this row's t, ab_next at the next row's (1 after the
-last row).
+All rows are computed in float64. alpha_bar is that of this row's t, alpha_bar_next that of the next row's (1 after
+the last row).
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddpm_fast.config import DiffusionConfig, Prediction, SamplerConfig, Spacing, Variance
 from ddpm_fast.constants import SAMPLER_COLUMN, Row
-from ddpm_fast.diffusion.schedule import alphas_cumprod
+from ddpm_fast.diffusion.schedule import make_alpha_bar
 
 PAPER = SamplerConfig()
 """Ho et al. 2020: ancestral sampling over all T steps."""
@@ -65,65 +65,65 @@ def strided_timesteps(total: int, steps: int, spacing: Spacing) -> Tensor:
 
 
 def _next(alpha_bar: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ab at each row and at the row after it, which for the last row is clean data: 1."""
-    ab = alpha_bar[t]
-    return ab, torch.cat([ab[1:], torch.ones(1, dtype=ab.dtype)])
+    """Return alpha_bar at each row and at the row after it, which for the last row is clean data: 1."""
+    alpha_bar = alpha_bar[t]
+    return alpha_bar, torch.cat([alpha_bar[1:], torch.ones(1, dtype=alpha_bar.dtype)])
 
 
-def _predict_x_start(ab: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+def _predict_x_start(alpha_bar: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
     """Return x0_from_x and x0_from_prediction (eps: Ho et al. 2020, Eq. 15; v: Salimans and Ho 2022)."""
     if prediction == "eps":
-        return ab.rsqrt(), ((1 - ab) / ab).sqrt()
+        return alpha_bar.rsqrt(), ((1 - alpha_bar) / alpha_bar).sqrt()
     if prediction == "v":
-        return ab.sqrt(), (1 - ab).sqrt()
-    return torch.zeros_like(ab), -torch.ones_like(ab)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    return torch.zeros_like(alpha_bar), -torch.ones_like(alpha_bar)
 
 
-def _eps_direction(ab: Tensor, r: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+def _eps_direction(alpha_bar: Tensor, r: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
     """Return next_from_x and next_from_prediction of r times the network's own eps, whatever it predicts."""
     zero = torch.zeros_like(r)
     if prediction == "eps":
         return zero, r
     if prediction == "v":
-        return r * (1 - ab).sqrt(), r * ab.sqrt()
-    return r / (1 - ab).sqrt(), -r * (ab / (1 - ab)).sqrt()
+        return r * (1 - alpha_bar).sqrt(), r * alpha_bar.sqrt()
+    return r / (1 - alpha_bar).sqrt(), -r * (alpha_bar / (1 - alpha_bar)).sqrt()
 
 
 def ddpm_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction, variance: Variance) -> Row[Tensor]:
     """Return ancestral sampling's rows (Ho et al. 2020, Algorithm 2, Eq. 6 and 7); [K] each.
 
-    For strided t, beta is that of the whole stride: 1 - ab / ab_next.
+    For strided t, beta is that of the whole stride: 1 - alpha_bar / alpha_bar_next.
     """
-    ab, ab_next = _next(alpha_bar, t)
-    beta = 1 - ab / ab_next
-    posterior_variance = beta * (1 - ab_next) / (1 - ab)
+    alpha_bar, alpha_bar_next = _next(alpha_bar, t)
+    beta = 1 - alpha_bar / alpha_bar_next
+    posterior_variance = beta * (1 - alpha_bar_next) / (1 - alpha_bar)
     noise = (posterior_variance if variance == "small" else beta).sqrt().clone()
     noise[-1] = 0  # none in the last step
     return Row(
-        t.to(ab.dtype),
-        *_predict_x_start(ab, prediction),
-        next_from_x0=ab_next.sqrt() * beta / (1 - ab),
-        next_from_x=(ab / ab_next).sqrt() * (1 - ab_next) / (1 - ab),
-        next_from_prediction=torch.zeros_like(ab),
-        next_from_x0_prev=torch.zeros_like(ab),
+        t.to(alpha_bar.dtype),
+        *_predict_x_start(alpha_bar, prediction),
+        next_from_x0=alpha_bar_next.sqrt() * beta / (1 - alpha_bar),
+        next_from_x=(alpha_bar / alpha_bar_next).sqrt() * (1 - alpha_bar_next) / (1 - alpha_bar),
+        next_from_prediction=torch.zeros_like(alpha_bar),
+        next_from_x0_prev=torch.zeros_like(alpha_bar),
         noise=noise,
     )
 
 
 def ddim_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction, eta: float = 0.0) -> Row[Tensor]:
     """Return DDIM's rows (Song et al. 2021, Eq. 12 and 16); [K] each."""
-    ab, ab_next = _next(alpha_bar, t)
-    noise = eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()
-    # Rounding may leave a tiny negative where eta = 1 and ab is close to ab_next.
-    r = (1 - ab_next - noise**2).clamp(min=0).sqrt()
-    next_from_x, next_from_prediction = _eps_direction(ab, r, prediction)
+    alpha_bar, alpha_bar_next = _next(alpha_bar, t)
+    noise = eta * ((1 - alpha_bar_next) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_next).sqrt()
+    # Rounding may leave a tiny negative where eta = 1 and alpha_bar is close to alpha_bar_next.
+    r = (1 - alpha_bar_next - noise**2).clamp(min=0).sqrt()
+    next_from_x, next_from_prediction = _eps_direction(alpha_bar, r, prediction)
     return Row(
-        t.to(ab.dtype),
-        *_predict_x_start(ab, prediction),
-        next_from_x0=ab_next.sqrt(),
+        t.to(alpha_bar.dtype),
+        *_predict_x_start(alpha_bar, prediction),
+        next_from_x0=alpha_bar_next.sqrt(),
         next_from_x=next_from_x,
         next_from_prediction=next_from_prediction,
-        next_from_x0_prev=torch.zeros_like(ab),
+        next_from_x0_prev=torch.zeros_like(alpha_bar),
         noise=noise,
     )
 
@@ -131,25 +131,25 @@ def ddim_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction, eta: float =
 def dpm_solver_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction) -> Row[Tensor]:
     """Return DPM-Solver++(2M)'s rows (Lu et al. 2022, "DPM-Solver++", Algorithm 2); [K] each.
 
-    With sigma = sqrt(1 - ab), lambda = log(sqrt(ab) / sigma), h the step in lambda and h_prev the one before:
-    x = sigma_next/sigma * x - sqrt(ab_next) * (exp(-h) - 1) * D, D = (1 + 1/2r) x0 - 1/2r x0_prev, r = h_prev/h.
+    With sigma = sqrt(1 - alpha_bar), lambda = log(sqrt(alpha_bar) / sigma), h the step in lambda, h_prev the last one:
+    x = sigma_next/sigma * x - sqrt(alpha_bar_next) * (exp(-h) - 1) * D, D = (1 + 1/2r) x0 - 1/2r x0_prev, r = h_prev/h.
     The first row has no x0_prev, and the last, which ends on clean data, none that helps: both are of first order.
     """
-    ab, ab_next = _next(alpha_bar, t)
-    sigma, sigma_next = (1 - ab).sqrt(), (1 - ab_next).sqrt()
-    log_snr = torch.cat([(ab.sqrt() / sigma).log(), torch.full((1,), torch.inf, dtype=ab.dtype)])
+    alpha_bar, alpha_bar_next = _next(alpha_bar, t)
+    sigma, sigma_next = (1 - alpha_bar).sqrt(), (1 - alpha_bar_next).sqrt()
+    log_snr = torch.cat([(alpha_bar.sqrt() / sigma).log(), torch.full((1,), torch.inf, dtype=alpha_bar.dtype)])
     h = log_snr.diff()
-    gain = -ab_next.sqrt() * torch.expm1(-h)
-    extrapolation = torch.zeros_like(ab)
+    gain = -alpha_bar_next.sqrt() * torch.expm1(-h)
+    extrapolation = torch.zeros_like(alpha_bar)
     extrapolation[1:-1] = 0.5 * h[1:-1] / h[:-2]
     return Row(
-        t.to(ab.dtype),
-        *_predict_x_start(ab, prediction),
+        t.to(alpha_bar.dtype),
+        *_predict_x_start(alpha_bar, prediction),
         next_from_x0=gain * (1 + extrapolation),
         next_from_x=sigma_next / sigma,
-        next_from_prediction=torch.zeros_like(ab),
+        next_from_prediction=torch.zeros_like(alpha_bar),
         next_from_x0_prev=-gain * extrapolation,
-        noise=torch.zeros_like(ab),
+        noise=torch.zeros_like(alpha_bar),
     )
 
 
@@ -159,7 +159,7 @@ def sampler_table(diffusion: DiffusionConfig, sampler: SamplerConfig = PAPER) ->
     Raises:
         ValueError: more steps than timesteps, or an eta outside 0..1.
     """
-    alpha_bar = alphas_cumprod(diffusion)
+    alpha_bar = make_alpha_bar(diffusion)
     total, steps = diffusion.timesteps, sampler.steps or diffusion.timesteps
     if not 0 <= sampler.eta <= 1:
         raise ValueError(f"eta is {sampler.eta}: it must lie in [0, 1]")

@@ -1,6 +1,6 @@
 """The forward process: betas, what follows from them, and the table that training reads.
 
-The code's t = 0..T-1 is the paper's t - 1: alphas_cumprod[t] is the paper's alpha-bar of t + 1.
+The code's t = 0..T-1 is the paper's t - 1: alpha_bar[t] is the paper's alpha-bar of t + 1.
 Everything is computed in float64; only the finished training table is float32.
 """
 
@@ -43,7 +43,7 @@ def betas(config: DiffusionConfig) -> Tensor:
     return {"cosine": cosine_betas, "sigmoid": sigmoid_betas}[config.schedule](config.timesteps)
 
 
-def alphas_cumprod(config: DiffusionConfig) -> Tensor:
+def make_alpha_bar(config: DiffusionConfig) -> Tensor:
     """Return alpha-bar, the share of the data's variance left at t (Ho et al. 2020, Eq. 4): [T] float64."""
     return torch.cumprod(1 - betas(config), dim=0)
 
@@ -72,7 +72,7 @@ def training_table(config: DiffusionConfig, min_snr_gamma: float = 0.0, dtype: t
     Returns:
         [T, 5] in `dtype`; the columns are those of `TrainingTable`.
     """
-    alpha_bar = alphas_cumprod(config)
+    alpha_bar = make_alpha_bar(config)
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     one, zero = torch.ones_like(signal), torch.zeros_like(signal)
     target = {"eps": (one, zero), "x0": (zero, one), "v": (signal, -noise)}[config.prediction]

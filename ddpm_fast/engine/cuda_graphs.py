@@ -13,7 +13,7 @@ import torch
 Work = Callable[[], None]
 
 
-class Graphs(Protocol):
+class GraphBackend(Protocol):
     """Captures work. Tests pass a stand-in where there is no GPU."""
 
     def warm_up(self, work: Work) -> None:
@@ -54,8 +54,8 @@ def memory_of(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
-class Launched:
-    """Work that was launched but may not be done: reports what is, and lets the host run ahead by two launches only.
+class InFlight:
+    """Tracks launches in flight: reports each as it completes, and keeps the host at most two ahead.
 
     So a progress bar tells the truth, and the GPU always has work waiting. Without a listener nothing is waited for.
     """

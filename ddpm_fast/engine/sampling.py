@@ -19,14 +19,14 @@ from tqdm import tqdm
 from ddpm_fast.constants import SAMPLER_COLUMN
 from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
 from ddpm_fast.diffusion.samplers import Row, SamplerTable
-from ddpm_fast.engine.cuda_graphs import CudaGraphs, Graphs, Launched, Work, memory_of
+from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, InFlight, Work, memory_of
 from ddpm_fast.engine.execution import EAGER, Execution
 from ddpm_fast.errors import MathematicsError
 from ddpm_fast.model.unet import UNet
 
 GRAPH_STEPS = 20
 """Steps in the replayed graph: few launches, and few nodes (some 10 KB of memory each). Not tuned on a GPU yet."""
-MOST_STAGES = 4
+MOST_BUFFERS = 4
 """Batch sizes whose tensors and graphs are kept; the one used longest ago is freed first."""
 COMPARED_STEPS = 3
 """Steps, from the middle of the table, over which a captured loop is compared with the eager one on first use."""
@@ -36,14 +36,14 @@ DIFFERENCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
 OnStep = Callable[[int, Tensor], None]
 
 
-class Parts(NamedTuple):
+class StepFunctions(NamedTuple):
     """What a step calls, compiled or not."""
 
     denoise: Callable[[Tensor, Tensor], Tensor]
     reverse_step: Callable[..., None]
 
 
-class Stage:
+class Buffers:
     """A batch size's tensors, at addresses that never change, and the graphs over them."""
 
     def __init__(self, images: int, unet: UNet, table: SamplerTable, dtype: torch.dtype, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Stage:
         # NHWC is what the kernels take, and what convolutions on a CPU ran faster on.
         self.x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
         self.x0 = torch.zeros_like(self.x) if table.multistep else None
-        self.copy = None if dtype == torch.float32 else torch.zeros_like(self.x, dtype=dtype)
+        self.x_low_precision = None if dtype == torch.float32 else torch.zeros_like(self.x, dtype=dtype)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.key = torch.zeros(2, dtype=torch.int64, device=device)
         self.sample_index = torch.zeros(images, dtype=torch.int64, device=device)
@@ -62,7 +62,7 @@ class Stage:
     @property
     def model_input(self) -> Tensor:
         """What the U-Net reads: x, or its copy in lower precision."""
-        return self.x if self.copy is None else self.copy
+        return self.x if self.x_low_precision is None else self.x_low_precision
 
     def start(self, address: NoiseAddress, row: int = 0) -> None:
         """Write pure noise, the address of all the noise to come, and the row to begin with."""
@@ -70,8 +70,8 @@ class Stage:
         self.sample_index.copy_(address.sample_index)
         self.step.fill_(row)
         self.x.copy_(normal(address, 0, Stream.SAMPLING, (self.x.shape[1], self.x.shape[2], self.x.shape[3])))
-        if self.copy is not None:
-            self.copy.copy_(self.x)
+        if self.x_low_precision is not None:
+            self.x_low_precision.copy_(self.x)
         if self.x0 is not None:
             self.x0.zero_()
 
@@ -85,7 +85,7 @@ def sampling_copy(unet: UNet, dtype: torch.dtype) -> UNet:
     return unet
 
 
-class Loop:
+class SamplingLoop:
     """A sampler's loop over one U-Net; what all batches share is computed once, and graphs are kept for reuse."""
 
     def __init__(
@@ -94,7 +94,7 @@ class Loop:
         table: SamplerTable,
         dtype: torch.dtype = torch.float32,
         execution: Execution = EAGER,
-        graphs: Graphs | None = None,
+        graphs: GraphBackend | None = None,
     ) -> None:
         """Prepare the loop, on a copy of the U-Net.
 
@@ -111,12 +111,12 @@ class Loop:
         self.rows = table.rows.to(self.device, torch.float32)
         self.time_shifts = self._compute_time_shifts(unet)
         ops = self.unet.ops
-        self.eager = Parts(self.unet.denoise, ops.reverse_step)
+        self.eager = StepFunctions(self.unet.denoise, ops.reverse_step)
         reverse_step = ops.reverse_step if ops.fused else execution.compile(ops.reverse_step)
-        self.parts = Parts(execution.compile(self.unet.denoise), reverse_step)
+        self.functions = StepFunctions(execution.compile(self.unet.denoise), reverse_step)
         self.graphs = graphs or (CudaGraphs(self.device) if execution.captured else None)
         self.graph_bytes = 0  # that captures took, all batch sizes together
-        self.stages: OrderedDict[int, Stage] = OrderedDict()
+        self.buffers_by_size: OrderedDict[int, Buffers] = OrderedDict()
 
     @torch.no_grad()
     def _compute_time_shifts(self, unet: UNet) -> Tensor:
@@ -130,42 +130,44 @@ class Loop:
             own.copy_(other)
         self.time_shifts.copy_(self._compute_time_shifts(unet))
 
-    def take_step(self, stage: Stage, parts: Parts) -> None:
+    def take_step(self, buffers: Buffers, functions: StepFunctions) -> None:
         """Take the step whose number lies in device memory, and advance that."""
-        shifts = self.time_shifts.index_select(0, stage.step).expand(len(stage.x), -1)
-        prediction = parts.denoise(stage.model_input, shifts)
+        shifts = self.time_shifts.index_select(0, buffers.step).expand(len(buffers.x), -1)
+        prediction = functions.denoise(buffers.model_input, shifts)
         options = {"clip": self.table.clip, "noisy": self.table.noisy}
-        noise = (self.rows, stage.step, stage.key, stage.sample_index)
-        parts.reverse_step(stage.x, prediction, *noise, x0=stage.x0, model_input=stage.copy, **options)
-        stage.step += 1
+        noise = (self.rows, buffers.step, buffers.key, buffers.sample_index)
+        functions.reverse_step(
+            buffers.x, prediction, *noise, x0=buffers.x0, model_input=buffers.x_low_precision, **options
+        )
+        buffers.step += 1
 
-    def stage(self, images: int) -> Stage:
+    def buffers(self, images: int) -> Buffers:
         """Return the tensors for batches of this size, and the graphs if steps are captured; made on first use."""
-        if images not in self.stages:
-            while len(self.stages) >= MOST_STAGES:
-                self.stages.popitem(last=False)
-            stage = Stage(images, self.unet, self.table, self.dtype, self.device)
+        if images not in self.buffers_by_size:
+            while len(self.buffers_by_size) >= MOST_BUFFERS:
+                self.buffers_by_size.popitem(last=False)
+            buffers = Buffers(images, self.unet, self.table, self.dtype, self.device)
             if self.graphs is not None:
-                self._capture(stage, self.graphs)
-            self.stages[images] = stage
-        self.stages.move_to_end(images)
-        return self.stages[images]
+                self._capture(buffers, self.graphs)
+            self.buffers_by_size[images] = buffers
+        self.buffers_by_size.move_to_end(images)
+        return self.buffers_by_size[images]
 
-    def _capture(self, stage: Stage, graphs: Graphs) -> None:
+    def _capture(self, buffers: Buffers, graphs: GraphBackend) -> None:
         before = memory_of(self.device)
 
         def take(steps: int) -> None:
             for _ in range(steps):
-                self.take_step(stage, self.parts)
+                self.take_step(buffers, self.functions)
 
         graphs.warm_up(lambda: take(1))
-        stage.one_step = graphs.capture(lambda: take(1))
+        buffers.one_step = graphs.capture(lambda: take(1))
         if len(self.rows) >= GRAPH_STEPS:
-            stage.many_steps = graphs.capture(lambda: take(GRAPH_STEPS))
-        self._compare(stage)
+            buffers.many_steps = graphs.capture(lambda: take(GRAPH_STEPS))
+        self._compare(buffers)
         self.graph_bytes += memory_of(self.device) - before
 
-    def _compare(self, stage: Stage) -> None:
+    def _compare(self, buffers: Buffers) -> None:
         """Compare the captured loop with the eager one over a few steps.
 
         From the middle of the table, where the network's output counts most.
@@ -173,18 +175,18 @@ class Loop:
         Raises:
             MathematicsError: they differ by more than rounding.
         """
-        device, images = self.device, len(stage.x)
+        device, images = self.device, len(buffers.x)
         address = NoiseAddress(torch.zeros(2, dtype=torch.int64, device=device), torch.arange(images, device=device))
         steps = min(COMPARED_STEPS, len(self.rows))
         first, results = (len(self.rows) - steps) // 2, []
-        for run in (stage.one_step, lambda: self.take_step(stage, self.eager)):
+        for run in (buffers.one_step, lambda: self.take_step(buffers, self.eager)):
             assert run is not None
-            stage.start(address, first)
+            buffers.start(address, first)
             for _ in range(steps):
                 run()
-            results.append(stage.x.clone())
+            results.append(buffers.x.clone())
         captured, eager = results
-        # What a step makes of a difference in the network's output: far more than it where the steps are few.
+        # How much the steps amplify a difference in the network's output: a lot when there are few.
         row = Row(*self.table.rows[first : first + steps].unbind(1))
         gain = row.next_from_prediction - row.next_from_x0 * row.x0_from_prediction
         allowed = DIFFERENCE[self.dtype] * max(1.0, float(gain.abs().sum()))
@@ -209,20 +211,22 @@ class Loop:
         Returns:
             [N, C, H, W] float32, a copy.
         """
-        stage = self.stage(len(address.sample_index))
-        stage.start(address)
-        one_step = stage.one_step or (lambda: self.take_step(stage, self.parts))
-        done, total, launched = 0, len(self.rows), Launched(self.device, on_progress)
+        # x_T is pure noise: Algorithm 2, line 1.
+        buffers = self.buffers(len(address.sample_index))
+        buffers.start(address)
+        one_step = buffers.one_step or (lambda: self.take_step(buffers, self.functions))
+        done, total, launched = 0, len(self.rows), InFlight(self.device, on_progress)
+        # Whole graphs of steps as long as they fit, then single steps: lines 2 to 5.
         while done < total:
-            many = stage.many_steps if on_step is None and total - done >= GRAPH_STEPS else None
+            many = buffers.many_steps if on_step is None and total - done >= GRAPH_STEPS else None
             steps = 1 if many is None else GRAPH_STEPS
             (many or one_step)()
             launched.add(steps)
             if on_step is not None:
-                on_step(done, stage.x)
+                on_step(done, buffers.x)
             done += steps
         launched.finish()
-        return stage.x.clone()
+        return buffers.x.clone()
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,11 @@ class ImageRange:
 
 
 def sample(
-    loop: Loop, images: ImageRange, largest_batch: int = 64, progress: bool = False, on_step: OnStep | None = None
+    loop: SamplingLoop,
+    images: ImageRange,
+    largest_batch: int = 64,
+    progress: bool = False,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Make images of a seed, in equal batches.
 

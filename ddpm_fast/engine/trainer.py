@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast.config import Config, TrainingConfig
-from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, timesteps
+from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, random_timesteps
 from ddpm_fast.diffusion.schedule import TrainingTable, training_table
-from ddpm_fast.engine.cuda_graphs import CudaGraphs, Graphs, Work
+from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, Work
 from ddpm_fast.engine.execution import EAGER, Execution, choose_dtype
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
@@ -59,7 +59,7 @@ class Trainer:
         batch: BatchFunction,
         device: torch.device,
         execution: Execution = EAGER,
-        graphs: Graphs | None = None,
+        graphs: GraphBackend | None = None,
     ) -> None:
         """Start at step 0.
 
@@ -81,10 +81,10 @@ class Trainer:
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         # Fused Adam skips its update where found_inf is 1 and divides gradients by grad_scale: that masks bad
         # steps and clips gradients on the device, without a pass of their own.
-        self.rate = torch.zeros((), device=device)
+        self.lr = torch.zeros((), device=device)
         options: dict[str, Any] = {"fused": True, "capturable": self.graphs is not None and device.type == "cuda"}
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.rate, **options)
-        # Its first steps, warming up, are not captured: that needs no warning.
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.lr, **options)
+        # Warm-up steps run uncaptured on purpose: silence PyTorch's warning.
         self.optimizer._warned_capturable_if_run_uncaptured = True  # pyright: ignore[reportAttributeAccessIssue]
         self.table = training_table(config.diffusion, config.training.min_snr_gamma).to(device)
         self.key = key_from_seed(config.training.seed, device)
@@ -105,12 +105,12 @@ class Trainer:
             return self._losses_of_batch(*self.batch(first_example, n))
 
     def _autocast(self) -> torch.autocast:
-        # Around what is compiled, not in it: PyTorch 2.13 caches no gradient's graph that enters autocast itself.
+        # Outside the compiled function: PyTorch 2.13 does not cache a backward pass that enters autocast inside it.
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _losses_of_batch(self, images: Tensor, sample_index: Tensor) -> Tensor:
         """Compute the weighted squared errors of a batch: [N] float32 (Algorithm 1, line 5)."""
-        t = timesteps(NoiseAddress(self.key, sample_index), self.config.diffusion.timesteps)
+        t = random_timesteps(NoiseAddress(self.key, sample_index), self.config.diffusion.timesteps)
         ops, flip = self.unet.ops, self.config.data.flip
         example = (images, t, self.table, self.key, sample_index)
         x_t = ops.q_sample(*example, flip=flip, dtype=self.dtype)
@@ -139,39 +139,44 @@ class Trainer:
         return total
 
     def train_step_no_sync(self) -> None:
-        """Take one optimizer step; a step whose loss or gradient is not finite changes no weight, nor do later ones."""
+        """Take one optimizer step. After the first loss or gradient that is not finite, no step changes a weight."""
         self.load_batch()
         if self.graphs is None:
-            self._move()
+            self._device_step()
         elif self._warm_ups < WARM_UP_STEPS:
-            self.graphs.warm_up(self._move)
+            self.graphs.warm_up(self._device_step)
             self._warm_ups += 1
         else:
-            self._replay = self._replay or self.graphs.capture(self._move)
+            self._replay = self._replay or self.graphs.capture(self._device_step)
             self._replay()
         self.loss_steps += 1
         self.step += 1
 
-    def _move(self) -> None:
+    def _device_step(self) -> None:
         """Do all of a step's work on the device; what is captured."""
         training = self.config.training
+        # Forward and backward: Algorithm 1, lines 2 to 5.
         loss = self.backward()
+        # Latch the first step that is not finite: from then on nothing moves.
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.bad_step.copy_(torch.where((self.bad_step < 0) & bad, self.device_step, self.bad_step))
-        latched = self.bad_step >= 0
-        self.rate.copy_(learning_rate(self.device_step, training))
-        self.optimizer.found_inf = latched.float()  # pyright: ignore[reportAttributeAccessIssue]
+        stopped = self.bad_step >= 0
+        # Clip the gradient and take Adam's step, in one pass over the weights.
+        self.lr.copy_(learning_rate(self.device_step, training))
+        self.optimizer.found_inf = stopped.float()  # pyright: ignore[reportAttributeAccessIssue]
         scale = (norm / training.clip_norm).clamp(min=1.0) if training.clip_norm else torch.ones_like(norm)
         self.optimizer.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
-        self._follow_no_sync(torch.where(latched, 1.0, ema_decay(self.device_step, training).float()))
+        # The moving average follows.
+        self._update_ema(torch.where(stopped, 1.0, ema_decay(self.device_step, training).float()))
+        # What the next line of metrics reads.
         self.loss_sum += loss
         self.gradient_norm.copy_(norm)
 
     @torch.no_grad()
-    def _follow_no_sync(self, decay: Tensor) -> None:
+    def _update_ema(self, decay: Tensor) -> None:
         """Move the average: ema = (ema - w) * decay + w, three passes over all weights and no memory of its own."""
         averages, weights = list(self.ema.values()), [p.detach() for p in self.parameters.values()]
         torch._foreach_sub_(averages, weights)
@@ -185,7 +190,7 @@ class Trainer:
         self.loss_steps.zero_()
         return mean
 
-    def loss_of_predicting_nothing(self, images: int = 256) -> float:
+    def zero_prediction_loss(self, images: int = 256) -> float:
         """Return the expected loss of a network that returns zeros, for the mean square of the first images.
 
         With independent eps of variance 1 it is the mean over t of
@@ -197,7 +202,7 @@ class Trainer:
         return float((row.weight * (row.target_eps**2 + row.target_x_start**2 * mean_square)).mean())
 
     @contextmanager
-    def averaged(self) -> Iterator[UNet]:
+    def ema_weights(self) -> Iterator[UNet]:
         """Lend the U-Net with the averaged weights in place of the trained ones."""
         trained = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
@@ -232,7 +237,7 @@ class Trainer:
             self.optimizer.state[parameter] = {key: moments[f"{key}.{name}"] for key in _new_moments(parameter)}
         self.step = step
 
-    def name_the_bad_layer(self) -> str:
+    def locate_nonfinite(self) -> str:
         """Run the latched step again (its noise has an address) and say where a value stops being finite."""
         self.step = int(self.bad_step)
         self.load_batch()

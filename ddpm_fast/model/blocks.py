@@ -16,7 +16,7 @@ from ddpm_fast.ops import REFERENCE
 from ddpm_fast.ops.reference import Dropout
 
 
-class GroupNormSiLU(nn.Module):
+class FusedGroupNorm(nn.Module):
     """GroupNorm with its affine parameters, then SiLU unless told otherwise; see `reference.group_norm_silu`."""
 
     def __init__(self, channels: int, groups: int, silu: bool = True) -> None:
@@ -48,10 +48,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = GroupNormSiLU(channels_in, groups)
+        self.norm1 = FusedGroupNorm(channels_in, groups)
         self.conv1 = ConvBeforeShift(channels_in, channels_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding, channels_out)
-        self.norm2 = GroupNormSiLU(channels_out, groups)
+        self.norm2 = FusedGroupNorm(channels_out, groups)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
         self.dropout = dropout
@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = GroupNormSiLU(channels, groups, silu=False)
+        self.group_norm = FusedGroupNorm(channels, groups, silu=False)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

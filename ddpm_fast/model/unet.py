@@ -14,7 +14,7 @@ from ddpm_fast.diffusion.noise import NoiseAddress
 from ddpm_fast.model.blocks import (
     Attention,
     Downsample,
-    GroupNormSiLU,
+    FusedGroupNorm,
     Level,
     LevelList,
     MiddleBlock,
@@ -52,7 +52,7 @@ class UNet(nn.Module):
             [self._res_block(widths[-1], widths[-1]) for _ in range(2)], Attention(widths[-1], config.groups)
         )
         self.up_blocks = LevelList(self._build_up(widths, skips))
-        self.conv_norm_out = GroupNormSiLU(widths[0], config.groups)
+        self.conv_norm_out = FusedGroupNorm(widths[0], config.groups)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
         for number, block in enumerate(self.res_blocks()):
             block.layer = number
@@ -94,7 +94,7 @@ class UNet(nn.Module):
         return [block for level in levels for block in level.resnets]
 
     def estimate_flop(self) -> int:
-        """Estimate the FLOPs an image of one forward pass: every weight is used at every pixel of its level."""
+        """Estimate the FLOPs per image of one forward pass: every weight is used at every pixel of its level."""
         config, last = self.config, len(self.down_blocks) - 1
         parts = [*enumerate(self.down_blocks), (last, self.mid_block)]
         parts += [(last - i, level) for i, level in enumerate(self.up_blocks)]
@@ -121,7 +121,7 @@ class UNet(nn.Module):
         """Compute with these ops from now on; training and sampling take theirs from here, too."""
         self.ops = ops
         for module in self.modules():
-            if isinstance(module, GroupNormSiLU):
+            if isinstance(module, FusedGroupNorm):
                 module.ops = ops
         return self
 

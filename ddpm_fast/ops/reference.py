@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast.constants import GROUP_NORM_EPS, Row, Stream, TrainingTable, drop_threshold
-from ddpm_fast.diffusion.noise import NoiseAddress, flips, normal, words_below
+from ddpm_fast.diffusion.noise import NoiseAddress, normal, random_flips, random_words_below
 from ddpm_fast.ops.cpu_group_norm import group_norm
 
 
@@ -35,7 +35,7 @@ def _per_image(column: Tensor) -> Tensor:
 def _normalize(images: Tensor, address: NoiseAddress, flip: bool, dtype: torch.dtype) -> Tensor:
     """Return x_start: images in [-1, 1], mirrored where the address says so."""
     x_start = images.to(dtype) / 127.5 - 1 if images.dtype == torch.uint8 else images.to(dtype)
-    return torch.where(_per_image(flips(address)), x_start.flip(-1), x_start) if flip else x_start
+    return torch.where(_per_image(random_flips(address)), x_start.flip(-1), x_start) if flip else x_start
 
 
 def q_sample(
@@ -141,7 +141,7 @@ def group_norm_silu(
         h = F.silu(h)
     if dropout is not None and dropout.probability > 0:
         address, shape = NoiseAddress(dropout.key, dropout.sample_index), (x.shape[1], x.shape[2], x.shape[3])
-        dropped = words_below(address, dropout.layer, Stream.DROPOUT, shape, drop_threshold(dropout.probability))
+        dropped = random_words_below(address, dropout.layer, Stream.DROPOUT, shape, drop_threshold(dropout.probability))
         h = torch.where(dropped, 0.0, h / (1 - dropout.probability))
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return h.to(x.dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)

@@ -24,7 +24,7 @@ from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file, whole, write_synced
 
 FORMAT = "ddpm-fast checkpoint 1"
-PARTS = ("model", "ema", "optimizer")
+TENSOR_FILES = ("model", "ema", "optimizer")
 """What resuming needs."""
 
 
@@ -64,7 +64,7 @@ def save(run: Path, step: int, config: Config, fingerprint: str, parts: Mapping[
         step: optimizer steps taken.
         config: the run's configuration.
         fingerprint: the data set's.
-        parts: for each of `PARTS`, names to tensors.
+        parts: for each of `TENSOR_FILES`, names to tensors.
 
     Raises:
         InputError: it cannot be written; nothing is left behind, and older checkpoints stay.
@@ -76,7 +76,7 @@ def save(run: Path, step: int, config: Config, fingerprint: str, parts: Mapping[
     state = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "config": to_dict(config)}
     with whole(path) as temporary:
         temporary.mkdir()
-        for part in PARTS:
+        for part in TENSOR_FILES:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
             write_synced(temporary / f"{part}.safetensors", safetensors.torch.save(tensors))
         write_synced(temporary / "state.json", to_json(state))
@@ -92,7 +92,7 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"{path} is missing, truncated or not a ddpm-fast checkpoint ({str(error).splitlines()[0]}); use another one"
 
 
-def read(path: Path, parts: Sequence[str] = PARTS) -> Checkpoint:
+def read(path: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint:
     """Open a checkpoint directory of which only some parts are needed.
 
     Raises:
@@ -122,7 +122,7 @@ def _check_complete(file: Path) -> None:
         raise InputError(_unreadable(file, error)) from None
 
 
-def newest(run: Path, parts: Sequence[str] = PARTS) -> Checkpoint | None:
+def newest(run: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint | None:
     """Return the newest checkpoint of a run whose parts are whole, or None: `latest` first, then by step."""
     directory = run / "checkpoints"
     names = sorted((entry.name for entry in directory.glob("step-*")), reverse=True)
@@ -134,7 +134,7 @@ def newest(run: Path, parts: Sequence[str] = PARTS) -> Checkpoint | None:
     return None
 
 
-def resolve(path: Path, parts: Sequence[str] = PARTS) -> Checkpoint:
+def resolve(path: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint:
     """Find the checkpoint that RUN_OR_CHECKPOINT means, of which only some parts are needed.
 
     Raises:

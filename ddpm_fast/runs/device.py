@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from ddpm_fast.config import Precision
-from ddpm_fast.engine.execution import choose_device, choose_tf32, keep_freed_memory
+from ddpm_fast.engine.execution import choose_device, disable_malloc_trim, set_tf32
 from ddpm_fast.errors import InputError
 
 
@@ -18,8 +18,8 @@ def prepare_device(name: str, precision: Precision) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is no NVIDIA GPU that this PyTorch can use; leave the flag out")
-    choose_tf32(precision)
-    keep_freed_memory()
+    set_tf32(precision)
+    disable_malloc_trim()
     return choose_device(name)
 
 

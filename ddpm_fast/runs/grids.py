@@ -55,7 +55,7 @@ def save_image(path: Path, pixels: Pixels) -> None:
 
 
 def grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
-    """Lay out pixels [N, H, W, C] row by row, near square, enlarged by a whole factor as the eye needs.
+    """Lay out pixels [N, H, W, C] row by row, near square, enlarged by an integer factor until all is visible.
 
     Raises:
         ValueError: there are no images.
@@ -121,7 +121,7 @@ class Images(list[Image.Image]):
         super().__init__(to_image(image) for image in pixels)
 
     def grid(self, columns: int | None = None) -> Image.Image:
-        """Lay out the images that the list holds now, row by row, enlarged as the eye needs.
+        """Lay out the images that the list holds now, row by row, enlarged until small images are visible.
 
         Raises:
             ValueError: there are none.

@@ -2,7 +2,7 @@
 
 runs/NAME/
   config.json       the resolved configuration, versions, data fingerprint
-  metrics.jsonl     one line a logging interval
+  metrics.jsonl     one line per logging interval
   samples/          normalized and raw grids
   checkpoints/      see `checkpoint`
   tensorboard/      the same metrics and grids for TensorBoard
@@ -28,7 +28,7 @@ from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import choose_device, choose_execution
-from ddpm_fast.engine.sampling import ImageRange, Loop, sample
+from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import replace_file, writing
@@ -166,10 +166,10 @@ class Run:
         source = BatchSource(dataset, key_from_seed(config.training.seed, "cpu"), device)
         execution = choose_execution(config.training.compile, config.training.capture, device)
         self.trainer = Trainer(config, source.batch, device, execution)
-        self.loop: Loop | None = None
+        self.loop: SamplingLoop | None = None
         if found is not None:
             try:
-                self.trainer.load_state(found.step, {part: found.tensors(part) for part in checkpoint.PARTS})
+                self.trainer.load_state(found.step, {part: found.tensors(part) for part in checkpoint.TENSOR_FILES})
             except ValueError as error:
                 raise InputError(f"{found.path} does not fit its own configuration: {error}") from None
         prepare(directory, config, dataset.fingerprint, self.trainer.step)
@@ -207,7 +207,7 @@ class Run:
     def _stop_if_not_finite(self) -> None:
         bad_step = int(self.trainer.bad_step)
         if bad_step >= 0:
-            where = self.trainer.name_the_bad_layer()
+            where = self.trainer.locate_nonfinite()
             good = checkpoint.newest(self.directory)
             kept = f"the last good checkpoint is {good.path}" if good else "there was no checkpoint yet"
             raise MathematicsError(
@@ -226,7 +226,7 @@ class Run:
             "step": trainer.step,
             "loss": loss,
             "gradient_norm": float(trainer.gradient_norm),
-            "learning_rate": float(trainer.rate),
+            "learning_rate": float(trainer.lr),
             "wall": {
                 "seconds": round(seconds, 4),
                 "images_per_s": round(steps * self.config.training.batch_size / seconds, 1),
@@ -247,7 +247,7 @@ class Run:
         due = max(SLOW_START_STEPS, training.warmup_steps)
         if not 0 <= self.trainer.step - due < training.log_every:
             return
-        nothing = self.trainer.loss_of_predicting_nothing()
+        nothing = self.trainer.zero_prediction_loss()
         if loss > 0.9 * nothing:
             tqdm.write(
                 f"warning: after {self.trainer.step} steps the loss {loss:.3f} is still that of predicting nothing "
@@ -266,12 +266,12 @@ class Run:
         unet = self.config.unet
         count = 64 if unet.height * unet.width <= 64 * 64 else 16
         sampler = replace(GRID_SAMPLER, steps=min(GRID_SAMPLER.steps, self.config.diffusion.timesteps))
-        with self.trainer.averaged() as averaged:
+        with self.trainer.ema_weights() as unet:
             if self.loop is None:  # kept, so that it is compiled and captured once
                 table = sampler_table(self.config.diffusion, sampler)
-                self.loop = Loop(averaged, table, self.trainer.dtype, self.trainer.execution)
+                self.loop = SamplingLoop(unet, table, self.trainer.dtype, self.trainer.execution)
             else:
-                self.loop.load_weights(averaged)
+                self.loop.load_weights(unet)
         samples = sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.progress)
         directory = self.directory / "samples"
         with writing(directory):

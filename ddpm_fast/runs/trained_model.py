@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ddpm_fast.config import Config, LoadOptions, Precision, SamplerConfig, SamplerName, SamplingOptions, Spacing
 from ddpm_fast.diffusion.samplers import sampler_table
-from ddpm_fast.engine.execution import choose_dtype, choose_execution, choose_tf32
-from ddpm_fast.engine.sampling import ImageRange, Loop, OnStep
+from ddpm_fast.engine.execution import choose_dtype, choose_execution, set_tf32
+from ddpm_fast.engine.sampling import ImageRange, OnStep, SamplingLoop
 from ddpm_fast.engine.sampling import sample as sample_images
 from ddpm_fast.errors import InputError, require_known
 from ddpm_fast.model.unet import UNet
@@ -77,7 +77,7 @@ class Model:
         self.device = prepare_device(options.device, options.precision)
         unet = _unet_of(found, part).to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.unet = unet.requires_grad_(False).eval().use(choose_ops(options.kernels, self.device))
-        self.loop: Loop | None = None
+        self.loop: SamplingLoop | None = None
         self._sampler: SamplerConfig | None = None
 
     def __repr__(self) -> str:
@@ -147,15 +147,15 @@ class Model:
         Args:
             wanted: which images.
             progress: show a bar.
-            on_step: called after each step with its number and x; see `Loop.run`.
+            on_step: called after each step with its number and x; see `SamplingLoop.run`.
         """
-        choose_tf32(self.options.precision)  # a setting of the process, which another model may have changed
+        set_tf32(self.options.precision)  # a setting of the process, which another model may have changed
         with enough_memory(self.device, wanted.batch_size):
             self.loop = self._loop_for(wanted)
             images = ImageRange(wanted.seed, wanted.first_index, wanted.count)
             return sample_images(self.loop, images, wanted.batch_size, progress, on_step)
 
-    def _loop_for(self, wanted: SamplingOptions) -> Loop:
+    def _loop_for(self, wanted: SamplingOptions) -> SamplingLoop:
         """Return the last loop where it fits, with the U-Net's weights of now, else a new one."""
         sampler = SamplerConfig(wanted.sampler, wanted.steps, wanted.eta, wanted.spacing)
         try:
@@ -168,7 +168,7 @@ class Model:
             self.loop.load_weights(self.unet)
             return self.loop
         self.loop, self._sampler = None, sampler  # free the old one first
-        return Loop(self.unet, table, choose_dtype(self.options.precision, self.device), execution)
+        return SamplingLoop(self.unet, table, choose_dtype(self.options.precision, self.device), execution)
 
 
 def _unet_of(found: checkpoint.Checkpoint, part: str) -> UNet:

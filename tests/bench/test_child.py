@@ -13,7 +13,7 @@ from bench.report.budget import Measurement
 from bench.report.child import Child, ChildDiedError, Worker
 from bench.report.sizes import TINY, Sampling
 from bench.report.workbench import Workbench
-from ddpm_fast.engine.sampling import Loop
+from ddpm_fast.engine.sampling import SamplingLoop
 
 CPU = torch.device("cpu")
 
@@ -114,7 +114,7 @@ def test_agreement_is_measured_against_rounding():
 
 
 def test_a_loop_that_forgets_a_step_does_not_agree(monkeypatch):
-    step, taken = Loop.take_step, []
+    step, taken = SamplingLoop.take_step, []
 
     def forgetful(self, stage, parts):
         taken.append(1)
@@ -123,7 +123,7 @@ def test_a_loop_that_forgets_a_step_does_not_agree(monkeypatch):
         else:
             step(self, stage, parts)
 
-    monkeypatch.setattr(Loop, "take_step", forgetful)
+    monkeypatch.setattr(SamplingLoop, "take_step", forgetful)
     (row,) = agreement.agreement(Workbench.at(CPU, TINY), Sampling("tiny", 2, 0))
     assert not row["agrees"]
     assert row["difference"] > 100 * row["rounding"]

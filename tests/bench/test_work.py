@@ -29,7 +29,7 @@ from bench.work.scenarios import (
     with_image_size,
 )
 from ddpm_fast.checks.kernels import norms
-from ddpm_fast.engine.sampling import Loop
+from ddpm_fast.engine.sampling import SamplingLoop
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.presets import PRESETS
@@ -126,7 +126,7 @@ def test_scenarios_train_and_sample(variant):
 def test_cudnn_chooses_by_timing_only_where_a_variant_asks_for_it(monkeypatch):
     seen = []
     monkeypatch.setattr(Trainer, "train_step_no_sync", lambda self: seen.append(torch.backends.cudnn.benchmark))
-    monkeypatch.setattr(Loop, "run", lambda self, address: seen.append(torch.backends.cudnn.benchmark))
+    monkeypatch.setattr(SamplingLoop, "run", lambda self, address: seen.append(torch.backends.cudnn.benchmark))
     for wanted in (True, False):
         variant = Variant(False, "eager", cudnn_benchmark=wanted)
         train_step(TINY, 2, variant, CPU).work()

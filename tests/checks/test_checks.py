@@ -9,7 +9,7 @@ import torch
 
 from ddpm_fast import ops
 from ddpm_fast.checks import mathematics as check
-from ddpm_fast.checks.mathematics import Line, check_start
+from ddpm_fast.checks.mathematics import CheckResult, check_start
 from ddpm_fast.config import Config, DiffusionConfig, UNetConfig
 from ddpm_fast.data.dataset import Dataset, open_dataset
 from ddpm_fast.diffusion import noise, samplers, schedule
@@ -27,11 +27,11 @@ def digits() -> Dataset:
     return open_dataset(SMALL.data, SMALL.unet)
 
 
-def failing(lines: Iterator[Line]) -> set[str]:
+def failing(lines: Iterator[CheckResult]) -> set[str]:
     return {line.name for line in lines if not line.passed}
 
 
-def lines_of(digits: Dataset, config: Config = SMALL) -> Iterator[Line]:
+def lines_of(digits: Dataset, config: Config = SMALL) -> Iterator[CheckResult]:
     return check_start(config, digits, torch.device("cpu"))
 
 
@@ -43,7 +43,7 @@ def test_an_unbroken_engine_passes(digits, prediction, schedule_name):
 
 
 def test_a_failure_names_the_file_and_exits_with_3(digits, capsys):
-    line = Line("two is two", False, "2", "3", "ddpm_fast/two.py")
+    line = CheckResult("two is two", False, "2", "3", "ddpm_fast/two.py")
     assert check.report(iter([line])) == 3
     assert "FAIL two is two: expected 2, found 3; look at ddpm_fast/two.py" in capsys.readouterr().out
     assert check.report(iter([replace(line, passed=True)])) == 0
@@ -79,7 +79,7 @@ def square_root_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def without_square_root(config, min_snr_gamma=0.0, dtype=torch.float32):
         rows = table(config, min_snr_gamma, dtype)
-        rows[:, 0] = schedule.alphas_cumprod(config).to(dtype)
+        rows[:, 0] = schedule.make_alpha_bar(config).to(dtype)
         return rows
 
     monkeypatch.setattr(schedule, "training_table", without_square_root)

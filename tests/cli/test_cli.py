@@ -98,7 +98,7 @@ def test_running_out_of_memory_is_one_line_that_names_the_knobs(trained, tmp_pat
     def exhausted(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("ddpm_fast.engine.sampling.Loop.run", exhausted)
+    monkeypatch.setattr("ddpm_fast.engine.sampling.SamplingLoop.run", exhausted)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
     said = refused(f"sample {trained} --device cpu --batch-size 7 --out {tmp_path}", capsys)
     assert "--batch-size 7" in said
@@ -190,7 +190,7 @@ def test_interrupted_sampling_leaves_nothing_and_says_so(trained, tmp_path, monk
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ddpm_fast.engine.sampling.Loop.run", interrupted)
+    monkeypatch.setattr("ddpm_fast.engine.sampling.SamplingLoop.run", interrupted)
     status, _, err = run(f"sample {trained} --out {tmp_path}/out", capsys)
     assert (status, err) == (130, "ddpm-fast: interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []

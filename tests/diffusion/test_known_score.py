@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_fast.config import DiffusionConfig, Prediction, SamplerConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
 from ddpm_fast.diffusion.samplers import Row, SamplerTable, sampler_table
-from ddpm_fast.diffusion.schedule import alphas_cumprod
+from ddpm_fast.diffusion.schedule import make_alpha_bar
 from ddpm_fast.ops import reference
 
 SHAPE, D = (1, 2, 2), 4
@@ -89,7 +89,7 @@ def mixture_eps(x: Tensor, ab: float) -> Tensor:
 
 def sample(table: SamplerTable, prediction: Prediction, data: Gaussian | None) -> Tensor:
     """Draw [N, D] samples by the reference op with addressable noise; `data` None is the mixture."""
-    address, bar = NoiseAddress(key_from_seed(8), torch.arange(N)), alphas_cumprod(DiffusionConfig()).tolist()
+    address, bar = NoiseAddress(key_from_seed(8), torch.arange(N)), make_alpha_bar(DiffusionConfig()).tolist()
     x = normal(address, 0, Stream.SAMPLING, SHAPE, torch.float64)
     x0 = torch.zeros_like(x)
     for k, t in enumerate(table.rows[:, 0].tolist()):
@@ -102,7 +102,7 @@ def sample(table: SamplerTable, prediction: Prediction, data: Gaussian | None) -
 
 def exact_moments(table: SamplerTable, prediction: Prediction) -> Gaussian:
     """Push N(0, 1) through the table without sampling: with a Gaussian's eps every row is affine in (x, x0_prev)."""
-    bar, one = alphas_cumprod(DiffusionConfig()).tolist(), torch.eye(D, dtype=torch.float64)
+    bar, one = make_alpha_bar(DiffusionConfig()).tolist(), torch.eye(D, dtype=torch.float64)
     mean, spread = torch.zeros(2 * D, dtype=torch.float64), torch.block_diag(one, torch.zeros_like(one))
     for values in table.rows.tolist():
         row = Row(*values)

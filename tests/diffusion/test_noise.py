@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from ddpm_fast.diffusion import noise
-from ddpm_fast.diffusion.noise import NoiseAddress, Stream, flips, key_from_seed, pixel_words, timesteps
+from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, pixel_words, random_flips, random_timesteps
 from ddpm_fast.engine.execution import can_compile_for_cpu
 
 MASK = 0xFFFFFFFF
@@ -202,7 +202,7 @@ def test_a_smaller_channel_count_is_the_start_of_a_larger_one():
 
 def test_timesteps_are_the_first_word_scaled_and_uniform():
     where, total, n = address(100_000), 1000, 100_000
-    found = noise.timesteps(where, total)
+    found = noise.random_timesteps(where, total)
     for i in (0, 1, 99_999):
         assert found[i] == philox_by_hand((0, i, 0, 2), (SEED & MASK, SEED >> 32))[0] * total >> 32
     counts = torch.bincount(found, minlength=total)
@@ -211,13 +211,13 @@ def test_timesteps_are_the_first_word_scaled_and_uniform():
 
 
 def test_flips_are_the_first_words_top_bit_and_half():
-    found = noise.flips(address(100_000))
+    found = noise.random_flips(address(100_000))
     assert found.dtype == torch.bool
     for i in range(20):
         assert found[i].item() == (philox_by_hand((0, i, 0, 3), (SEED & MASK, SEED >> 32))[0] >= 2**31)
     assert abs(found.double().mean().item() - 0.5) < SIGMAS * 0.5 / math.sqrt(100_000)
     assert abs(correlation(found[1:], found[:-1])) < SIGMAS
-    assert abs(correlation(found, noise.timesteps(address(100_000), 1000))) < SIGMAS
+    assert abs(correlation(found, noise.random_timesteps(address(100_000), 1000))) < SIGMAS
 
 
 @pytest.mark.parametrize("n", [1, 2, 64, 1797])
@@ -247,7 +247,7 @@ def test_every_order_of_three_examples_is_equally_likely():
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9])
 def test_words_below_happen_with_the_thresholds_probability(probability):
     threshold, shape = int(probability * 2**32), (4, 32, 32)
-    dropped = noise.words_below(address(32), 7, Stream.DROPOUT, shape, threshold)
+    dropped = noise.random_words_below(address(32), 7, Stream.DROPOUT, shape, threshold)
     se = math.sqrt(probability * (1 - probability) / dropped.numel())
     assert abs(dropped.double().mean().item() - probability) <= SIGMAS * se
     word = philox_by_hand((33, 5, 7, 5), (SEED & MASK, SEED >> 32))
@@ -261,7 +261,11 @@ def test_compiled_code_makes_the_same_words(images):
 
     def words(key: Tensor, sample_index: Tensor, step: Tensor) -> tuple[Tensor, ...]:
         address = NoiseAddress(key, sample_index)
-        drawn = timesteps(address, 1000), flips(address), pixel_words(address, 0, Stream.TRAINING, (3, 5, 7))
+        drawn = (
+            random_timesteps(address, 1000),
+            random_flips(address),
+            pixel_words(address, 0, Stream.TRAINING, (3, 5, 7)),
+        )
         return *drawn, pixel_words(address, step, Stream.SAMPLING, (1, 3, 3))
 
     arguments = key_from_seed(2**63 + 12345), torch.arange(images) + 7, torch.tensor([5])

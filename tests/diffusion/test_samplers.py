@@ -13,7 +13,7 @@ from ddpm_fast.config import DiffusionConfig, SamplerConfig
 from ddpm_fast.diffusion import samplers
 from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
 from ddpm_fast.diffusion.samplers import Row, SamplerTable
-from ddpm_fast.diffusion.schedule import alphas_cumprod
+from ddpm_fast.diffusion.schedule import make_alpha_bar
 from ddpm_fast.ops import reference
 
 PREDICTIONS = ["eps", "x0", "v"]
@@ -106,11 +106,11 @@ def test_no_spacing_but_trailing_is_told_t_0_alone_in_one_step():
 @pytest.mark.parametrize(("prediction", "steps"), EACH)
 def test_x0_is_recovered_exactly_from_the_true_prediction(prediction, steps):
     row = Row(*table_of(DiffusionConfig(prediction=prediction), SamplerConfig(steps=steps)).rows.T)
-    ab = alphas_cumprod(DiffusionConfig())[row.t.long()]
+    alpha_bar = make_alpha_bar(DiffusionConfig())[row.t.long()]
     x_start, eps = 0.3, -1.7
-    x = ab.sqrt() * x_start + (1 - ab).sqrt() * eps
-    out = {"eps": eps, "x0": x_start, "v": ab.sqrt() * eps - (1 - ab).sqrt() * x_start}[prediction]
-    assert ((row.x0_from_x * x - row.x0_from_prediction * out - x_start) * ab.sqrt()).abs().max() < 1e-14
+    x = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * eps
+    out = {"eps": eps, "x0": x_start, "v": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_start}[prediction]
+    assert ((row.x0_from_x * x - row.x0_from_prediction * out - x_start) * alpha_bar.sqrt()).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])
@@ -119,12 +119,12 @@ def test_ddpm_is_bayes_rule(schedule, steps, variance):
     """The posterior of x_t' given x_0 and x_t, as a product of two Gaussians' precisions."""
     config = DiffusionConfig(schedule=schedule, variance=variance)
     row = Row(*table_of(config, SamplerConfig(steps=steps)).rows.T.numpy())
-    ab = alphas_cumprod(config).numpy()[row.t.astype(int)]
-    alpha, ab_next = ab[:-1] / ab[1:], ab[1:]
-    prior, likelihood = 1 / (1 - ab_next), alpha / (1 - alpha)
+    alpha_bar = make_alpha_bar(config).numpy()[row.t.astype(int)]
+    alpha, alpha_bar_next = alpha_bar[:-1] / alpha_bar[1:], alpha_bar[1:]
+    prior, likelihood = 1 / (1 - alpha_bar_next), alpha / (1 - alpha)
     spread = 1 / (prior + likelihood)
     # 1 - alpha_bar loses 1e-16 / 1e-4 of itself at t = 0; sqrt(1 - beta) 1e-16 / 1e-4 where alpha_bar ends at 1e-9.
-    np.testing.assert_allclose(row.next_from_x0, [*(spread * prior * np.sqrt(ab_next)), 1], rtol=1e-10)
+    np.testing.assert_allclose(row.next_from_x0, [*(spread * prior * np.sqrt(alpha_bar_next)), 1], rtol=1e-10)
     np.testing.assert_allclose(row.next_from_x, [*(spread * likelihood / np.sqrt(alpha)), 0], rtol=1e-10, atol=1e-12)
     s = np.sqrt(spread if variance == "small" else 1 - alpha)
     np.testing.assert_allclose(row.noise, [*s, 0], rtol=1e-10)
@@ -136,13 +136,13 @@ def test_ddpm_is_bayes_rule(schedule, steps, variance):
 @pytest.mark.parametrize(("prediction", "steps"), EACH)
 def test_ddim_is_equation_12(prediction, steps, eta):
     row = Row(*table_of(DiffusionConfig(prediction=prediction), SamplerConfig("ddim", steps, eta)).rows.T)
-    ab = alphas_cumprod(DiffusionConfig())[row.t.long()]
-    ab_next = torch.tensor([*ab[1:].tolist(), 1.0], dtype=torch.float64)
-    sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).sqrt()
+    alpha_bar = make_alpha_bar(DiffusionConfig())[row.t.long()]
+    alpha_bar_next = torch.tensor([*alpha_bar[1:].tolist(), 1.0], dtype=torch.float64)
+    sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
     x, out, x0 = 0.7, -0.4, 0.25  # x0 is independent of x and out, as it is when it has been clipped
-    a, b = ab.sqrt(), (1 - ab).sqrt()
+    a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     eps = {"eps": out + 0 * a, "x0": (x - a * out) / b, "v": a * out + b * x}[prediction]
-    expected = ab_next.sqrt() * x0 + (1 - ab_next - sigma**2).clamp(min=0).sqrt() * eps
+    expected = alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next - sigma**2).clamp(min=0).sqrt() * eps
     found = row.next_from_x0 * x0 + row.next_from_x * x + row.next_from_prediction * out
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(row.noise, sigma, rtol=1e-10, atol=0)
@@ -166,11 +166,11 @@ def test_ddim_at_eta_one_is_ddpm_with_the_small_variance(prediction, steps):
 @pytest.mark.parametrize("steps", STEPS)
 def test_dpm_solver_is_algorithm_2(steps):
     row = Row(*table_of(DiffusionConfig(), SamplerConfig("dpm++", steps)).rows.T)
-    ab = [float(v) for v in alphas_cumprod(DiffusionConfig())[row.t.long()]]
-    lam = [0.5 * np.log(v / (1 - v)) for v in ab]
+    alpha_bar = [float(v) for v in make_alpha_bar(DiffusionConfig())[row.t.long()]]
+    lam = [0.5 * np.log(v / (1 - v)) for v in alpha_bar]
     for i in range(steps - 1):
-        h, sigma_ratio = lam[i + 1] - lam[i], np.sqrt((1 - ab[i + 1]) / (1 - ab[i]))
-        gain = -np.sqrt(ab[i + 1]) * (np.exp(-h) - 1)
+        h, sigma_ratio = lam[i + 1] - lam[i], np.sqrt((1 - alpha_bar[i + 1]) / (1 - alpha_bar[i]))
+        gain = -np.sqrt(alpha_bar[i + 1]) * (np.exp(-h) - 1)
         extra = 0.0 if i == 0 else 1 / (2 * (lam[i] - lam[i - 1]) / h)
         found = [column[i].item() for column in (row.next_from_x0, row.next_from_x, row.next_from_x0_prev)]
         assert found == pytest.approx([gain * (1 + extra), sigma_ratio, -gain * extra], rel=1e-8)
@@ -211,8 +211,8 @@ def assert_same(ours: Trajectory, theirs: list[Tensor], bound: float) -> None:
 
 
 def exact(scheduler: Any, schedule: str, total: int) -> Any:
-    """Give a scheduler our float64 alphas_cumprod: what is left to compare is its algorithm, to float64 rounding."""
-    scheduler.alphas_cumprod = alphas_cumprod(DiffusionConfig(timesteps=total, schedule=schedule))  # pyright: ignore[reportArgumentType]
+    """Give a scheduler our float64 alpha_bar: what is left to compare is its algorithm, to float64 rounding."""
+    scheduler.alphas_cumprod = make_alpha_bar(DiffusionConfig(timesteps=total, schedule=schedule))  # pyright: ignore[reportArgumentType]
     return scheduler
 
 
@@ -273,7 +273,7 @@ def test_dpm_solver_is_diffusers(steps, spacing, schedule, clip):
             timestep_spacing=spacing,
         )
         config = DiffusionConfig(schedule=schedule, prediction=prediction, clip=clip)  # pyright: ignore[reportArgumentType]
-        bar = alphas_cumprod(config)
+        bar = make_alpha_bar(config)
         scheduler.set_timesteps(steps)
         # Theirs visits K of K + 1 strided places where spacing is not trailing, so the rows are built from its own t.
         t = scheduler.timesteps[:steps]

@@ -37,7 +37,7 @@ def test_betas_are_the_closed_form(name, timesteps):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_alphas_cumprod_is_the_product_and_telescopes(name):
-    found = schedule.alphas_cumprod(DiffusionConfig(schedule=name)).numpy()
+    found = schedule.make_alpha_bar(DiffusionConfig(schedule=name)).numpy()
     np.testing.assert_allclose(found, np.cumprod(1 - closed_form(name, 1000)), rtol=1e-12)
     if name == "cosine":
         u = np.arange(1, 1000) / 1000
@@ -53,7 +53,7 @@ def test_schedule_is_diffusers(name, theirs):
     ulp = 2.0**-24
     assert (schedule.betas(config) - scheduler.betas).abs().max() <= 2 * ulp
     # Theirs is float32: their products drift from ours, by 5.5e-5 at most up to where the last beta is clipped.
-    ratio = scheduler.alphas_cumprod.double() / schedule.alphas_cumprod(config)
+    ratio = scheduler.alphas_cumprod.double() / schedule.make_alpha_bar(config)
     assert (ratio[:-1] - 1).abs().max() <= 5.5e-5
     # 1 - 0.999 in float32 alone is off by half an ulp of 0.999 over 0.001.
     assert (ratio[-1] - 1).abs() <= 5.5e-5 + ulp / 0.001
@@ -61,7 +61,7 @@ def test_schedule_is_diffusers(name, theirs):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_signal_falls_strictly_from_data_to_noise(name):
-    bar = schedule.alphas_cumprod(DiffusionConfig(schedule=name))
+    bar = schedule.make_alpha_bar(DiffusionConfig(schedule=name))
     assert (bar.diff() < 0).all()
     assert bar[0] > 0.999
     assert 0 < bar[-1] < 1e-4
@@ -93,7 +93,7 @@ def test_variance_of_x_t_is_one(name):
     config = DiffusionConfig(schedule=name)
     row = TrainingTable(*schedule.training_table(config, dtype=torch.float64).T)
     assert (row.signal**2 + row.noise**2 - 1).abs().max() < 1e-15
-    assert (row.signal**2 - schedule.alphas_cumprod(config)).abs().max() < 1e-15
+    assert (row.signal**2 - schedule.make_alpha_bar(config)).abs().max() < 1e-15
 
 
 def test_table_is_float32_rounded_from_float64():

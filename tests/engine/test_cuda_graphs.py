@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from ddpm_fast.config import Config, DiffusionConfig, SamplerConfig, UNetConfig, with_training
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
-from ddpm_fast.engine.cuda_graphs import Launched, Work
+from ddpm_fast.engine.cuda_graphs import InFlight, Work
 from ddpm_fast.engine.execution import Execution, can_compile_for_cpu
-from ddpm_fast.engine.sampling import GRAPH_STEPS, MOST_STAGES, ImageRange, Loop, sample
+from ddpm_fast.engine.sampling import GRAPH_STEPS, MOST_BUFFERS, ImageRange, SamplingLoop, sample
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
 from ddpm_fast.errors import MathematicsError
 from ddpm_fast.model.unet import UNet
@@ -63,14 +63,16 @@ def unet() -> UNet:
     return unet.to(DEVICE).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def captured_loop(unet: UNet, sampler: SamplerConfig | None = None) -> tuple[Loop, StandIn]:
+def captured_loop(unet: UNet, sampler: SamplerConfig | None = None) -> tuple[SamplingLoop, StandIn]:
     graphs = StandIn()
-    return Loop(unet, sampler_table(DIFFUSION, sampler or SamplerConfig()), execution=CAPTURED, graphs=graphs), graphs
+    return SamplingLoop(
+        unet, sampler_table(DIFFUSION, sampler or SamplerConfig()), execution=CAPTURED, graphs=graphs
+    ), graphs
 
 
 @pytest.mark.parametrize("sampler", [SamplerConfig(), SamplerConfig("ddim", 7), SamplerConfig("dpm++", GRAPH_STEPS)])
 def test_the_captured_loop_makes_the_eager_loops_images(unet, sampler):
-    eager = Loop(unet, sampler_table(DIFFUSION, sampler))
+    eager = SamplingLoop(unet, sampler_table(DIFFUSION, sampler))
     captured, _ = captured_loop(unet, sampler)
     for seed, count in ((3, 4), (4, 2), (5, 4)):  # another seed, another batch size, and back
         images = ImageRange(seed, 7, count)
@@ -79,7 +81,7 @@ def test_the_captured_loop_makes_the_eager_loops_images(unet, sampler):
 
 def test_whole_graphs_are_replayed_and_the_rest_by_single_steps(unet):
     captured, graphs = captured_loop(unet)
-    captured.stage(2)
+    captured.buffers(2)
     assert (graphs.warm_ups, graphs.captures) == (1, 2)
     graphs.replays.clear()
     sample(captured, ImageRange(0, 0, 2))
@@ -94,18 +96,18 @@ def test_graphs_are_reused_and_the_oldest_freed(unet):
     for _ in range(2):
         sample(captured, ImageRange(0, 0, 3), largest_batch=2)  # two batches, the last one padded
         assert graphs.captures == 1
-    for images in range(3, 3 + MOST_STAGES):
-        captured.stage(images)
-    assert 2 not in captured.stages
-    assert len(captured.stages) == MOST_STAGES
+    for images in range(3, 3 + MOST_BUFFERS):
+        captured.buffers(images)
+    assert 2 not in captured.buffers_by_size
+    assert len(captured.buffers_by_size) == MOST_BUFFERS
 
 
 def test_a_captured_loop_that_differs_is_refused(unet):
     captured, _ = captured_loop(unet)
-    right = captured.parts.denoise
-    captured.parts = captured.parts._replace(denoise=lambda x, shifts: right(x, shifts) * 1.5)
+    right = captured.functions.denoise
+    captured.functions = captured.functions._replace(denoise=lambda x, shifts: right(x, shifts) * 1.5)
     with pytest.raises(MathematicsError, match="differs from the eager one"):
-        captured.stage(2)
+        captured.buffers(2)
 
 
 def test_weights_can_be_exchanged_under_a_captured_loop(unet):
@@ -127,13 +129,15 @@ def test_weights_can_be_exchanged_under_a_captured_loop(unet):
 def test_sampling_in_bfloat16_stays_near_float32(unet):
     """The bound is measured: 0.015 of the images' own size on this network; convolutions accumulate in float32."""
     table = sampler_table(DIFFUSION, SamplerConfig("ddim", 5))
-    exact, coarse = (sample(Loop(unet, table, dtype), ImageRange(0, 0, 2)) for dtype in (torch.float32, torch.bfloat16))
+    exact, coarse = (
+        sample(SamplingLoop(unet, table, dtype), ImageRange(0, 0, 2)) for dtype in (torch.float32, torch.bfloat16)
+    )
     assert 0 < float((coarse - exact).norm() / exact.norm()) < 0.05
 
 
 def test_progress_counts_every_step_once():
     seen: list[int] = []
-    launched = Launched(torch.device("cpu"), seen.append)
+    launched = InFlight(torch.device("cpu"), seen.append)
     for steps in (20, 20, 1):
         launched.add(steps)
     launched.finish()
@@ -155,7 +159,7 @@ def losses(trainer: Trainer, steps: int = 2 + WARM_UP_STEPS) -> list[float]:
     found = []
     for _ in range(steps):
         trainer.train_step_no_sync()
-        found += [trainer.read_loss(), float(trainer.gradient_norm), float(trainer.rate)]
+        found += [trainer.read_loss(), float(trainer.gradient_norm), float(trainer.lr)]
     return found + [float(average.sum()) for average in trainer.ema.values()]
 
 
@@ -180,7 +184,7 @@ def test_compiled_training_takes_the_eager_steps_and_can_be_cached():
     assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
     trainer.bad_step.fill_(0)
     trainer.parameters["mid_block.resnets.0.conv1.weight"].data.fill_(float("nan"))
-    assert "mid_block.resnets.0.conv1" in trainer.name_the_bad_layer()  # by hooks, which compiled code does not call
+    assert "mid_block.resnets.0.conv1" in trainer.locate_nonfinite()  # by hooks, which compiled code does not call
 
 
 def test_captured_training_takes_the_eager_steps():
@@ -194,10 +198,10 @@ def test_a_captured_step_reads_nothing_from_the_host():
     """What a step is told lies on the device: another number there changes a replay, though Python's does not."""
     trainer = Trainer(configuration(), batch, DEVICE, CAPTURED, StandIn())
     trainer.load_batch()
-    trainer._move()
+    trainer._device_step()
     trainer.device_step.fill_(1)
-    trainer._move()
-    assert float(trainer.rate) == pytest.approx(1e-3 * 2 / 5)
+    trainer._device_step()
+    assert float(trainer.lr) == pytest.approx(1e-3 * 2 / 5)
     assert trainer.step == 0
 
 
@@ -206,7 +210,7 @@ def test_a_captured_step_reads_nothing_from_the_host():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu_ten_captured_calls_equal_the_eager_ones(unet, execution, dtype):
     table = sampler_table(DIFFUSION, SamplerConfig())
-    eager, captured = Loop(unet, table, dtype), Loop(unet, table, dtype, execution)
+    eager, captured = SamplingLoop(unet, table, dtype), SamplingLoop(unet, table, dtype, execution)
     for seed in range(10):
         images = ImageRange(seed, seed, 1 + seed % 2)  # each batch size is compiled
         ours, theirs = sample(captured, images), sample(eager, images)
@@ -216,7 +220,7 @@ def test_on_a_gpu_ten_captured_calls_equal_the_eager_ones(unet, execution, dtype
 
 @pytest.mark.gpu
 def test_on_a_gpu_replays_neither_wait_nor_allocate(unet):
-    captured = Loop(unet, sampler_table(DIFFUSION, SamplerConfig()), execution=CAPTURED)
+    captured = SamplingLoop(unet, sampler_table(DIFFUSION, SamplerConfig()), execution=CAPTURED)
     address = NoiseAddress(key_from_seed(0, DEVICE), torch.arange(4, device=DEVICE))
     captured.run(address)
     before = torch.cuda.memory_reserved()

@@ -12,12 +12,12 @@ from ddpm_fast.engine.execution import COMPILING_PAYS_FROM, CPU_FLOP_RATE, EAGER
 PAGE_FAULTS = """
 import platform, resource, sys, torch
 from ddpm_fast.presets import PRESETS
-from ddpm_fast.engine.execution import keep_freed_memory
+from ddpm_fast.engine.execution import disable_malloc_trim
 from ddpm_fast.engine.trainer import Trainer
 if platform.libc_ver()[0] != "glibc":
     print("none"), sys.exit()
 if sys.argv[1] == "keep":
-    keep_freed_memory()
+    disable_malloc_trim()
 
 def batch(first, n):
     return torch.zeros(n, 1, 8, 8, dtype=torch.uint8), torch.arange(first, first + n)

@@ -7,7 +7,7 @@ from ddpm_fast.config import DiffusionConfig, SamplerConfig, UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
 from ddpm_fast.diffusion.samplers import Row, sampler_table
 from ddpm_fast.engine.execution import Execution, can_compile_for_cpu
-from ddpm_fast.engine.sampling import ImageRange, Loop, sample
+from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample
 from ddpm_fast.errors import MathematicsError
 from ddpm_fast.model.unet import UNet
 
@@ -24,8 +24,8 @@ def unet() -> UNet:
     return unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def loop(unet: UNet, name: str = "ddpm", steps: int = 0) -> Loop:
-    return Loop(unet, sampler_table(DIFFUSION, SamplerConfig(name, steps)))  # pyright: ignore[reportArgumentType]
+def loop(unet: UNet, name: str = "ddpm", steps: int = 0) -> SamplingLoop:
+    return SamplingLoop(unet, sampler_table(DIFFUSION, SamplerConfig(name, steps)))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("name", "steps"), [("ddpm", 0), ("ddim", 7), ("dpm++", 7)])
@@ -42,12 +42,12 @@ def test_an_image_is_the_same_at_any_batch_size_and_start(unet, name, steps):
 @pytest.mark.parametrize("name", ["ddpm", "dpm++"])
 def test_the_compiled_loop_makes_the_eager_loops_images(unet, name):
     table = sampler_table(DIFFUSION, SamplerConfig(name, 12))
-    compiled = Loop(unet, table, execution=Execution(compiled=True))
+    compiled = SamplingLoop(unet, table, execution=Execution(compiled=True))
     for seed in (3, 4):
         images = ImageRange(seed, 7, 4)
         made = sample(compiled, images)
         assert not torch.equal(made, sample(compiled, ImageRange(seed + 1, 7, 4)))
-        assert float((made - sample(Loop(unet, table), images)).abs().max()) < 1 / 255
+        assert float((made - sample(SamplingLoop(unet, table), images)).abs().max()) < 1 / 255
 
 
 def test_images_are_bit_identical_in_batches_of_one_shape(unet):

@@ -12,7 +12,7 @@ from ddpm_fast.checks import kernels as check_kernels
 from ddpm_fast.config import Config, DiffusionConfig, SamplerConfig, UNetConfig, with_training
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
-from ddpm_fast.engine.sampling import ImageRange, Loop, sample
+from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.ops import REFERENCE, Ops, fused_ops
 from ddpm_fast.presets import PRESETS
@@ -69,7 +69,8 @@ def test_training_takes_the_same_steps():
 def test_sampling_makes_the_same_images(sampler, steps):
     table = sampler_table(DIFFUSION, SamplerConfig(sampler, steps))
     ours, theirs = (
-        sample(Loop(trainer(ops).unet, table), ImageRange(3, 17, 2), largest_batch=2) for ops in (FUSED, REFERENCE)
+        sample(SamplingLoop(trainer(ops).unet, table), ImageRange(3, 17, 2), largest_batch=2)
+        for ops in (FUSED, REFERENCE)
     )
     assert (ours - theirs).abs().max() < 1 / 255
 

@@ -93,7 +93,7 @@ def test_q_sample_depends_on_the_example_not_on_its_batch():
 
 
 def test_flip_mirrors_the_images_that_the_address_names_and_not_their_noise():
-    flipped = noise.flips(NoiseAddress(KEY, SAMPLES))
+    flipped = noise.random_flips(NoiseAddress(KEY, SAMPLES))
     assert 0 < flipped.sum() < 9
     x_start = torch.where(per_image(flipped), images(torch.float64).flip(-1), images(torch.float64))
     expected = reference.q_sample(x_start, T, table(), KEY, SAMPLES, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_flip_mirrors_the_images_that_the_address_names_and_not_their_noise():
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_perfect_prediction_has_no_loss_and_gives_the_data_back(prediction, flip):
-    flipped = per_image(noise.flips(NoiseAddress(KEY, SAMPLES)) & flip)
+    flipped = per_image(noise.random_flips(NoiseAddress(KEY, SAMPLES)) & flip)
     x_start = torch.where(flipped, images(torch.float64).flip(-1), images(torch.float64))
     bar = per_image(torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))[T])
     a, b = bar.sqrt(), (1 - bar).sqrt()

@@ -11,11 +11,11 @@ from ddpm_fast.errors import InputError
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import checkpoint
 
-PARTS = {part: {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1.0)} for part in checkpoint.PARTS}
+TENSOR_FILES = {part: {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1.0)} for part in checkpoint.TENSOR_FILES}
 
 
 def save(run: Path, step: int) -> Path:
-    return checkpoint.save(run, step, PRESETS["digits"], "f" * 40, PARTS)
+    return checkpoint.save(run, step, PRESETS["digits"], "f" * 40, TENSOR_FILES)
 
 
 def test_what_is_saved_is_read_back(tmp_path):
@@ -23,7 +23,7 @@ def test_what_is_saved_is_read_back(tmp_path):
     for name in (tmp_path, path):
         found = checkpoint.resolve(name)
         assert (found.step, found.config, found.fingerprint) == (7, PRESETS["digits"], "f" * 40)
-        for part, tensors in PARTS.items():
+        for part, tensors in TENSOR_FILES.items():
             for key, value in found.tensors(part).items():
                 torch.testing.assert_close(value, tensors[key], rtol=0, atol=0)
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-0000007"]
@@ -31,7 +31,9 @@ def test_what_is_saved_is_read_back(tmp_path):
 
 def test_channels_last_tensors_keep_their_values(tmp_path):
     weight = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
-    path = checkpoint.save(tmp_path, 1, PRESETS["digits"], "", {part: {"w": weight} for part in checkpoint.PARTS})
+    path = checkpoint.save(
+        tmp_path, 1, PRESETS["digits"], "", {part: {"w": weight} for part in checkpoint.TENSOR_FILES}
+    )
     torch.testing.assert_close(checkpoint.read(path).tensors("ema")["w"], weight, rtol=0, atol=0)
 
 
@@ -65,7 +67,7 @@ def test_a_part_that_is_not_needed_may_be_missing(tmp_path):
     for part in ("model", "optimizer"):
         (path / f"{part}.safetensors").unlink()
     for name in (tmp_path, path):
-        assert checkpoint.resolve(name, ("ema",)).tensors("ema").keys() == PARTS["ema"].keys()
+        assert checkpoint.resolve(name, ("ema",)).tensors("ema").keys() == TENSOR_FILES["ema"].keys()
         with pytest.raises(InputError, match=r"model.safetensors is missing"):
             checkpoint.resolve(name, ("model",))
         with pytest.raises(InputError, match=r"model.safetensors is missing"):
