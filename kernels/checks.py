@@ -29,11 +29,11 @@ def check(
     name: str, value: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
     """Raise ValueError unless a tensor has that shape, one of those dtypes, and lies on that device."""
-    if tuple(value.shape) != shape:
+    if value.shape != shape:
         raise ValueError(f"{name} has shape {list(value.shape)}: it takes {list(shape)}")
     check_dtype(name, value.dtype, dtypes)
     if value.device != device:
-        raise ValueError(f"{name} is on {value.device}: it takes {device}, where the first argument is")
+        raise ValueError(f"{name} is on {value.device}: it takes {device}, where the others are")
 
 
 def check_dense(
@@ -59,22 +59,13 @@ def image_shape(name: str, value: Tensor) -> tuple[int, int, int, int]:
     return value.shape[0], value.shape[1], value.shape[2], value.shape[3]
 
 
-def is_nhwc(**tensors: Tensor | None) -> bool:
-    """Return whether tensors lie as NHWC, or raise ValueError where they do not all lie as NHWC or all as NCHW."""
-    given = {name: value for name, value in tensors.items() if value is not None}
-    if all(value.is_contiguous(memory_format=torch.channels_last) for value in given.values()):
-        return True
-    if all(value.is_contiguous() for value in given.values()):
-        return False
-    found = ", ".join(f"{name} has strides {value.stride()}" for name, value in given.items())
-    raise ValueError(f"{found}: it takes dense NHWC, or dense NCHW, of all alike")
-
-
-def check_nhwc(**tensors: Tensor) -> None:
-    """Raise ValueError unless every tensor lies as NHWC."""
-    for name, value in tensors.items():
-        if not value.is_contiguous(memory_format=torch.channels_last):
-            raise ValueError(f"{name} has strides {value.stride()}: it takes dense NHWC (channels_last)")
+def check_images(
+    name: str, value: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Raise ValueError unless `check` passes and the tensor lies as NHWC."""
+    check(name, value, shape, dtypes, device)
+    if not value.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"{name} has strides {value.stride()}: it takes dense NHWC (channels_last)")
 
 
 def grid(name: str, value: Tensor, programs: int) -> tuple[int]:

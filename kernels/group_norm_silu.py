@@ -1,17 +1,17 @@
 """group_norm_silu: GroupNorm, SiLU, the time embedding's shift and dropout over NHWC, forward.
 
     h = x + shift                                    n = (h - mean) * rstd   over each group of an image
-    b = (n * weight + bias) * (1 + scale) + offset   y = dropout(b * sigmoid(b))
+    b = n * weight + bias                            y = dropout(b * sigmoid(b))
 
 Layout and division of the work: see `group_norm_tiles`. Arithmetic and statistics are float32. Kept for the backward
 pass: mean and rstd [N, G] float32; dropout is made again from its address.
-Bytes moved, of 2 or 4 an element: 2 elements' worth (one tile, loop) or 3 (split).
+Bytes moved, of 2 or 4 per element: 2 elements' worth (one tile, loop) or 3 (split).
 
 Statistics are sums around a pivot, the mean of the program's first tile. That tile is a fraction f of the slice, so
 variance >= f * (pivot - mean)^2, and the subtraction at the end loses at most log2(1 + 1/f) bits; with one tile it
 is the corrected two-pass formula. No atomics, every order fixed: two runs agree bit for bit. Not yet timed on a GPU.
 
-Shapes: N image, C channel, H x W pixels, G group, D = C / G channels a group, S slice of pixels.
+Shapes: N image, C channel, H x W pixels, G group, D = C / G channels per group, S slice of pixels.
 """
 
 import torch
@@ -19,23 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddpm_fast.constants import GROUP_NORM_EPS
 from ddpm_fast.kernels import checks
 from ddpm_fast.kernels.group_norm_tiles import (
-    Dropout,
-    Plan,
-    affine,
     by_channel,
     by_group,
     channel_block,
     check_inputs,
+    divide,
     drop,
     dropout_arguments,
+    load_affine,
+    load_shift,
     load_tile,
     locate,
-    per_channel_or,
-    plan,
     shift_arguments,
-    sizes,
     store_tile,
 )
 
@@ -114,7 +112,7 @@ def statistics_kernel(
     channel, real, place, group, real_group = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
-    shift_c = per_channel_or(shift, image * shift_stride, channel, real, 0.0)
+    shift_c = load_shift(shift, image * shift_stride, channel, real)
     base = x + (image * HW + first_pixel) * C
     _, _, pivot, beyond, m2 = slice_moments(base, pixels, shift_c, channel, real, place, C, D, BLOCK_G, BLOCK_P, False)
     row = partials + (image * SLICES + index) * (3 * G) + group
@@ -129,7 +127,6 @@ def normalize_kernel(
     weight,  # [C]
     bias,  # [C]
     shift,  # [N, C], rows apart by shift_stride, or None
-    scale_shift,  # [N, 2, C] or None
     key,  # [2] int64 words or None: no dropout
     sample_index,  # [N] int64
     partials,  # [N, S, 3, G] float32, read where SLICES > 1
@@ -160,7 +157,7 @@ def normalize_kernel(
     channel, real, place, group, real_group = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
-    shift_c = per_channel_or(shift, image * shift_stride, channel, real, 0.0)
+    shift_c = load_shift(shift, image * shift_stride, channel, real)
     offset_in = (image * HW + first_pixel) * C
     x += offset_in
     y += offset_in
@@ -176,9 +173,8 @@ def normalize_kernel(
         tl.store(mean + image * G + group, mean_g, mask=real_group)
         tl.store(rstd + image * G + group, rstd_g, mask=real_group)
 
-    w, b, scale, offset = affine(weight, bias, scale_shift, image, channel, real, C)
-    gain = by_channel(rstd_g, place) * w * scale
-    offset += b * scale
+    w, offset = load_affine(weight, bias, channel, real)
+    gain = by_channel(rstd_g, place) * w
     noise = (key, sample_index, layer, image, block * (BLOCK_GROUPS * D), THRESHOLD, KEEP_SCALE)
     if ONE:
         # What is beyond the pivot is rounding here, so nothing cancels in its product.
@@ -197,23 +193,24 @@ def group_norm_silu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    groups: int,
-    *,
     shift: Tensor | None = None,
-    scale_shift: Tensor | None = None,
+    key: Tensor | None = None,
+    sample_index: Tensor | None = None,
+    *,
+    groups: int,
     silu: bool = True,
-    dropout: Dropout | None = None,
-    eps: float = 1e-6,
-    chosen: Plan | None = None,
+    probability: float = 0.0,
+    layer: int = 0,
+    eps: float = GROUP_NORM_EPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `reference.group_norm_silu` and the statistics that its backward pass needs.
+    """Compute `ddpm_fast.ops.reference.group_norm_silu` and the statistics that its backward pass needs.
 
     Args:
         x: [N, C, H, W] float32, bfloat16 or float16, channels_last.
-        weight, bias, shift, scale_shift: as in the reference; float32, bfloat16 or float16, contiguous, but the
-            rows of shift may lie anywhere.
-        groups, silu, dropout, eps: as in the reference.
-        chosen: the division of the work, instead of `plan`'s.
+        weight, bias, shift: as in the reference; float32, bfloat16 or float16, contiguous, but the rows of shift may
+            lie anywhere.
+        key, sample_index, probability, layer: the reference's `Dropout`; without a key nothing is dropped.
+        groups, silu, eps: as in the reference.
 
     Returns:
         y like x, and mean and rstd [N, G] float32 of x + shift.
@@ -221,12 +218,12 @@ def group_norm_silu(
     Raises:
         ValueError: an argument is not as said here.
     """
-    N, C, HW = check_inputs(x, weight, bias, groups, shift, scale_shift, dropout)
-    random = dropout_arguments(dropout)
-    chosen = chosen or plan(HW, C, groups, x.element_size())
-    shared = sizes(chosen, C, groups)
+    check_inputs(x, weight, bias, shift, groups)
+    random = dropout_arguments(x, key, sample_index, probability, layer)
+    chosen, shared = divide(x, groups)
+    N = len(x)
     grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
-    shared |= shift_arguments(shift) | {"HW": HW, "slice_pixels": chosen.slice_pixels, "num_warps": chosen.num_warps}
+    shared |= shift_arguments(shift)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     mean, rstd = (x.new_empty(N, groups, dtype=torch.float32) for _ in range(2))
     if N == 0:
@@ -240,7 +237,6 @@ def group_norm_silu(
             x=x,
             weight=weight,
             bias=bias,
-            scale_shift=scale_shift,
             partials=partials,
             y=y,
             mean=mean,

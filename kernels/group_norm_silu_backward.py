@@ -1,20 +1,19 @@
 """group_norm_silu_backward: the gradients of `group_norm_silu`.
 
-With u = x + shift - mean, slope = rstd * weight * (1 + scale), b = u * slope + bias * (1 + scale) + offset,
-s = sigmoid(b) and M = H * W * D elements a group:
+With u = x + shift - mean, slope = rstd * weight, b = u * slope + bias, s = sigmoid(b) and M = H * W * D elements per
+group:
 
     db = dy * s * (1 + b * (1 - s))                 after dropout, made again from its address
     per image and channel, sums over pixels         A = sum db    B = sum db * u    U = sum u
     per image and group, sums over channels         c1 = sum slope * A / M    c2 = rstd^2 * sum slope * B / M
     dx = db * slope - c1 - u * c2                   dshift = slope * A - H * W * c1 - U * c2
-    dscale = weight * rstd * B + bias * A           doffset = A
-    dweight = sum over images (1 + scale) * rstd * B    dbias = sum over images (1 + scale) * A
+    dweight = sum over images rstd * B              dbias = sum over images A
 
 Layout and division of the work: see `group_norm_tiles`; a split gathers A, B and U of slices, [N, S, 3, C]. Arithmetic
 in float32. Kept from the forward pass: x, mean and rstd, nothing of y. The sums over images are taken from [N, 2, C]
 float32 by a last small kernel. No atomics, every order fixed: two runs agree bit for bit.
-Bytes moved, of 2 or 4 an element: 3 elements' worth (one tile, loop) or 5 (split). Not yet timed on a GPU.
-Shapes: N image, C channel, H x W pixels, G group, D = C / G channels a group, S slice of pixels.
+Bytes moved, of 2 or 4 per element: 3 elements' worth (one tile, loop) or 5 (split). Not yet timed on a GPU.
+Shapes: N image, C channel, H x W pixels, G group, D = C / G channels per group, S slice of pixels.
 """
 
 import torch
@@ -24,21 +23,18 @@ from torch import Tensor
 
 from ddpm_fast.kernels import checks
 from ddpm_fast.kernels.group_norm_tiles import (
-    Dropout,
-    Plan,
-    affine,
     by_channel,
     by_group,
     channel_block,
     check_inputs,
+    divide,
     drop,
     dropout_arguments,
+    load_affine,
+    load_shift,
     load_tile,
     locate,
-    per_channel_or,
-    plan,
     shift_arguments,
-    sizes,
     store_tile,
 )
 
@@ -52,30 +48,30 @@ def load_gradient(
 ):  # fmt: skip
     """Return u and db [BLOCK_P, BLOCK_C], zero outside, and the mask.
 
-    normal: of each channel [BLOCK_C] the mean less the shift, slope and offset: b = (x - mean) * slope + offset.
+    normal: of each channel [BLOCK_C] the mean less the shift, slope and bias: b = (x - mean) * slope + bias.
     """
-    mean, slope, offset = normal
+    mean, slope, bias = normal
     h, mask = load_tile(x, start, pixels, channel, real, C, BLOCK_P, POLICY)
     db, mask = load_tile(dy, start, pixels, channel, real, C, BLOCK_P, POLICY)
     u = tl.where(mask, h - mean[None, :], 0.0)
     db = drop(db, noise, first_pixel + start)
     if SILU:
-        b = u * slope[None, :] + offset[None, :]
+        b = u * slope[None, :] + bias[None, :]
         s = tl.sigmoid(b)
         db = db * (s * (1.0 + b * (1.0 - s)))
     return u, db, mask
 
 
 @triton.jit
-def normal_of(mean, rstd, weight, bias, shift, scale_shift, image, where, C: tl.constexpr, G: tl.constexpr):
+def normal_of(mean, rstd, weight, bias, shift, image, where, C: tl.constexpr, G: tl.constexpr):
     """Return rstd [BLOCK_C], and what `load_gradient` calls normal; shift: pointer and stride."""
     channel, real, _, _, _ = where
-    w, b, scale, offset = affine(weight, bias, scale_shift, image, channel, real, C)
+    w, b = load_affine(weight, bias, channel, real)
     of_group = image * G + channel // (C // G)
     rstd_c = tl.load(rstd + of_group, mask=real, other=0.0)
-    shift_c = per_channel_or(shift[0], image * shift[1], channel, real, 0.0)
+    shift_c = load_shift(shift[0], image * shift[1], channel, real)
     mean_c = tl.load(mean + of_group, mask=real, other=0.0) - shift_c
-    return rstd_c, (mean_c, rstd_c * w * scale, b * scale + offset)
+    return rstd_c, (mean_c, rstd_c * w, b)
 
 
 @triton.jit
@@ -108,7 +104,6 @@ def sums_kernel(
     weight,  # [C]
     bias,  # [C]
     shift,  # [N, C], rows apart by shift_stride, or None
-    scale_shift,  # [N, 2, C] or None
     key,  # [2] int64 words or None: no dropout
     sample_index,  # [N] int64
     partials,  # [N, S, 3, C] float32: A, B, U of a slice
@@ -123,7 +118,7 @@ def sums_kernel(
     image, index, block = locate(SLICES, BLOCKS, False)
     where = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     channel, real, _, _, _ = where
-    _, normal = normal_of(mean, rstd, weight, bias, (shift, shift_stride), scale_shift, image, where, C, G)
+    _, normal = normal_of(mean, rstd, weight, bias, (shift, shift_stride), image, where, C, G)
     noise = (key, sample_index, layer, image, block * (BLOCK_GROUPS * (C // G)), THRESHOLD, KEEP_SCALE)
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
@@ -155,13 +150,11 @@ def input_gradient_kernel(
     weight,  # [C]
     bias,  # [C]
     shift,  # [N, C], rows apart by shift_stride, or None
-    scale_shift,  # [N, 2, C] or None
     key,  # [2] int64 words or None: no dropout
     sample_index,  # [N] int64
     partials,  # [N, S, 3, C] float32, read where SLICES > 1
     dx,  # [N, H, W, C]
     dshift,  # [N, C] or None
-    dscale_shift,  # [N, 2, C] or None
     parameter_sums,  # [N, 2, C] float32: an image's part of dweight and dbias
     shift_stride,
     HW,
@@ -174,7 +167,7 @@ def input_gradient_kernel(
     image, index, block = locate(SLICES, BLOCKS, SLICES > 1)
     where = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     channel, real, place, _, _ = where
-    rstd_c, normal = normal_of(mean, rstd, weight, bias, (shift, shift_stride), scale_shift, image, where, C, G)
+    rstd_c, normal = normal_of(mean, rstd, weight, bias, (shift, shift_stride), image, where, C, G)
     _, slope, _ = normal
     noise = (key, sample_index, layer, image, block * (BLOCK_GROUPS * (C // G)), THRESHOLD, KEEP_SCALE)
     first_pixel = index * slice_pixels
@@ -209,13 +202,8 @@ def input_gradient_kernel(
             if SLICES > 1:
                 total = sum_slices(partials + 2 * C, image, channel, real, C, SLICES, BLOCK_S)
             tl.store(dshift + image * C + channel, slope * a - HW * c1 - total * c2, mask=real)
-        w, bias_c, scale, _ = affine(weight, bias, scale_shift, image, channel, real, C)
-        b *= rstd_c
-        tl.store(parameter_sums + 2 * image * C + channel, scale * b, mask=real)
-        tl.store(parameter_sums + (2 * image + 1) * C + channel, scale * a, mask=real)
-        if dscale_shift is not None:
-            tl.store(dscale_shift + 2 * image * C + channel, w * b + bias_c * a, mask=real)
-            tl.store(dscale_shift + (2 * image + 1) * C + channel, a, mask=real)
+        tl.store(parameter_sums + 2 * image * C + channel, rstd_c * b, mask=real)
+        tl.store(parameter_sums + (2 * image + 1) * C + channel, a, mask=real)
 
 
 @triton.jit
@@ -242,48 +230,46 @@ def parameter_gradient_kernel(
 
 def group_norm_silu_backward(
     dy: Tensor,
-    x: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    groups: int,
-    *,
     shift: Tensor | None = None,
-    scale_shift: Tensor | None = None,
+    key: Tensor | None = None,
+    sample_index: Tensor | None = None,
+    *,
+    groups: int,
     silu: bool = True,
-    dropout: Dropout | None = None,
-    chosen: Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    probability: float = 0.0,
+    layer: int = 0,
+) -> list[Tensor]:
     """Compute the gradients of `group_norm_silu`.
 
     Args:
         dy: [N, C, H, W], the loss's gradient by y; x's dtype, channels_last.
         mean, rstd: [N, G] float32, from the forward pass.
-        x, weight, bias, groups, shift, scale_shift, silu, dropout, chosen: as in the forward pass.
+        x and what follows: as in the forward pass.
 
     Returns:
-        dx, dweight, dbias, dshift and dscale_shift, each like what it belongs to; None for what was not given.
+        dx, dweight, dbias and, if there is a shift, dshift, each like what it belongs to.
 
     Raises:
         ValueError: an argument is not as said here.
     """
-    N, C, HW = check_inputs(x, weight, bias, groups, shift, scale_shift, dropout)
-    checks.check("dy", dy, tuple(x.shape), (x.dtype,), x.device)
-    checks.check_nhwc(dy=dy)
+    check_inputs(x, weight, bias, shift, groups)
+    N, C, _, _ = x.shape
+    checks.check_images("dy", dy, x.shape, (x.dtype,), x.device)
     checks.check_dense("mean", mean, (N, groups), (torch.float32,), x.device)
     checks.check_dense("rstd", rstd, (N, groups), (torch.float32,), x.device)
-    random = dropout_arguments(dropout)
-    chosen = chosen or plan(HW, C, groups, x.element_size(), 2)
-    shared = sizes(chosen, C, groups) | random
+    random = dropout_arguments(x, key, sample_index, probability, layer)
+    chosen, shared = divide(x, groups, inputs=2)
     grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
     shared |= {"x": x, "dy": dy, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
-    shared |= shift_arguments(shift) | {"scale_shift": scale_shift, "partials": None, "SILU": silu}
-    shared |= {"HW": HW, "slice_pixels": chosen.slice_pixels, "num_warps": chosen.num_warps}
+    shared |= shift_arguments(shift) | random | {"partials": None, "SILU": silu}
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     dshift = None if shift is None else shift.new_empty(N, C)
-    dscale_shift = None if scale_shift is None else torch.empty_like(scale_shift)
     parameter_sums = x.new_empty(N, 2, C, dtype=torch.float32)
     with torch.cuda.device_of(x):
         if N and chosen.slices > 1:
@@ -291,10 +277,8 @@ def group_norm_silu_backward(
             sums_kernel[grid](**shared)
         if N:
             shared |= {"BLOCK_S": triton.next_power_of_2(chosen.slices), "ONE": chosen.one_tile}
-            input_gradient_kernel[grid](
-                dx=dx, dshift=dshift, dscale_shift=dscale_shift, parameter_sums=parameter_sums, **shared
-            )
+            input_gradient_kernel[grid](dx=dx, dshift=dshift, parameter_sums=parameter_sums, **shared)
         parameter_gradient_kernel[(triton.cdiv(C, PARAMETER_BLOCK.value),)](
             parameter_sums=parameter_sums, dweight=dweight, dbias=dbias, N=N, C=C
         )
-    return dx, dweight, dbias, dshift, dscale_shift
+    return [dx, dweight, dbias] if dshift is None else [dx, dweight, dbias, dshift]

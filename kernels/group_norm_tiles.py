@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddpm_fast.constants import drop_threshold
 from ddpm_fast.kernels import checks
-from ddpm_fast.kernels.philox import DROPOUT, GROUP, load_key, load_word, philox4x32
+from ddpm_fast.kernels.philox import CHANNEL_STEP, DROPOUT, load_key, load_word, philox4x32
 
 REGISTER_TILE = 16384  # elements of all inputs together that a program keeps in registers
 WARP_TILE = 1024  # of them a warp's, 32 a thread: with 64, ptxas took 130 to 240 registers, or spilt a few
@@ -67,22 +68,19 @@ def by_channel(per_group, place):
 
 
 @triton.jit
-def per_channel_or(pointer, row, channel, real, default: tl.constexpr):
-    """Load [BLOCK_C] float32 from offset `row` on, or return the default where there is no such input."""
-    value = tl.full([channel.shape[0]], default, tl.float32)
-    if pointer is not None:
-        value = tl.load(pointer + row + channel, mask=real, other=0.0).to(tl.float32)
+def load_shift(shift, row, channel, real):
+    """Load a row of the shift [BLOCK_C] float32, or zeros where there is no shift."""
+    value = tl.full([channel.shape[0]], 0.0, tl.float32)
+    if shift is not None:
+        value = tl.load(shift + row + channel, mask=real, other=0.0).to(tl.float32)
     return value
 
 
 @triton.jit
-def affine(weight, bias, scale_shift, image, channel, real, C: tl.constexpr):
-    """Return weight, bias, 1 + scale and offset [BLOCK_C] float32."""
+def load_affine(weight, bias, channel, real):
+    """Return weight and bias [BLOCK_C] float32."""
     w = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-    scale = 1.0 + per_channel_or(scale_shift, 2 * image * C, channel, real, 0.0)
-    offset = per_channel_or(scale_shift, (2 * image + 1) * C, channel, real, 0.0)
-    return w, b, scale, offset
+    return w, tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -116,7 +114,8 @@ def drop(value, noise, first_pixel):
         k0, k1 = load_key(key)
         pixel = (first_pixel + tl.arange(0, BLOCK_P))[:, None]
         quad = (first_channel // 4 + tl.arange(0, BLOCK_C // 4))[None, :]
-        w0, w1, w2, w3 = philox4x32(pixel, load_word(sample_index + image), layer, quad * GROUP + DROPOUT, k0, k1)
+        c3 = quad * CHANNEL_STEP + DROPOUT
+        w0, w1, w2, w3 = philox4x32(pixel, load_word(sample_index + image), layer, c3, k0, k1)
         threshold = tl.full([1, 1], THRESHOLD, tl.uint32)
         even, odd = tl.join(w0 >= threshold, w2 >= threshold), tl.join(w1 >= threshold, w3 >= threshold)
         kept = tl.reshape(tl.join(even, odd), [BLOCK_P, BLOCK_C])
@@ -187,11 +186,15 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1
     return Plan(blocked, block_channels(blocked), block_pixels, slices, slice_pixels, num_warps)
 
 
-def sizes(chosen: Plan, channels: int, groups: int) -> dict[str, Any]:
-    """Return the compile-time sizes that all these kernels share."""
-    assert chosen.groups * (channels // groups) % 4 == 0 or chosen.groups >= groups, "a block starts within four words"
-    return {
-        "C": channels,
+def divide(x: Tensor, groups: int, inputs: int = 1) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan for x [N, C, H, W], and the sizes that all these kernels take; `inputs` as for `plan`."""
+    C, HW = x.shape[1], x.shape[2] * x.shape[3]
+    chosen = plan(HW, C, groups, x.element_size(), inputs)
+    assert chosen.groups * (C // groups) % 4 == 0 or chosen.groups >= groups, "a block starts within four words"
+    return chosen, {
+        "HW": HW,
+        "slice_pixels": chosen.slice_pixels,
+        "C": C,
         "G": groups,
         "SLICES": chosen.slices,
         "BLOCKS": triton.cdiv(groups, chosen.groups),
@@ -199,26 +202,14 @@ def sizes(chosen: Plan, channels: int, groups: int) -> dict[str, Any]:
         "BLOCK_G": triton.next_power_of_2(chosen.groups),
         "BLOCK_C": chosen.block_channels,
         "BLOCK_P": chosen.block_pixels,
+        "num_warps": chosen.num_warps,
     }
 
 
-Dropout = tuple[float, Tensor, Tensor, int]
-"""probability, key [2] int64, sample_index [N] int64, layer: the fields of `reference.Dropout`."""
-
-
-def check_inputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    shift: Tensor | None,
-    scale_shift: Tensor | None,
-    dropout: Dropout | None,
-) -> tuple[int, int, int]:
-    """Return N, C and H * W, or raise ValueError, naming the argument, for what the kernels cannot take."""
-    N, C, H, W = checks.image_shape("x", x)
-    checks.check("x", x, (N, C, H, W), checks.FLOATS, x.device)
-    checks.check_nhwc(x=x)
+def check_inputs(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int) -> None:
+    """Raise ValueError, naming the argument, for what the kernels cannot take."""
+    N, C, _, _ = checks.image_shape("x", x)
+    checks.check_images("x", x, x.shape, checks.FLOATS, x.device)
     if groups < 1 or C % groups:
         raise ValueError(f"groups is {groups}: it takes a divisor of {C} channels")
     checks.check_dense("weight", weight, (C,), checks.FLOATS, x.device)
@@ -227,14 +218,6 @@ def check_inputs(
         checks.check("shift", shift, (N, C), checks.FLOATS, x.device)
         if C > 1 and shift.stride(1) != 1:
             raise ValueError(f"shift has strides {shift.stride()}: it takes rows whose channels lie side by side")
-    if scale_shift is not None:
-        checks.check_dense("scale_shift", scale_shift, (N, 2 * C), checks.FLOATS, x.device)
-    if dropout is not None:
-        probability, key, sample_index, _ = dropout
-        if not 0 <= probability < 1:
-            raise ValueError(f"dropout's probability is {probability}: it takes one in [0, 1)")
-        checks.check_address(key, sample_index, N, x.device)
-    return N, C, H * W
 
 
 def shift_arguments(shift: Tensor | None) -> dict[str, Any]:
@@ -242,10 +225,15 @@ def shift_arguments(shift: Tensor | None) -> dict[str, Any]:
     return {"shift": shift, "shift_stride": 0 if shift is None else shift.stride(0)}
 
 
-def dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:
-    """Return dropout as the kernels take it: a word below THRESHOLD drops its activation."""
-    probability, key, sample_index, layer = dropout or (0.0, None, None, 0)
+def dropout_arguments(
+    x: Tensor, key: Tensor | None, sample_index: Tensor | None, probability: float, layer: int
+) -> dict[str, Any]:
+    """Return dropout as the kernels take it, or raise ValueError: a word below THRESHOLD drops its activation."""
+    if key is not None and sample_index is not None:
+        checks.check_address(key, sample_index, len(x), x.device)
+    if not 0 <= probability < 1:
+        raise ValueError(f"dropout's probability is {probability}: it takes one in [0, 1)")
     if probability == 0:
         key = sample_index = None
-    threshold, scale = int(probability * 2**32), 1 / (1 - probability)
-    return {"key": key, "sample_index": sample_index, "layer": layer, "THRESHOLD": threshold, "KEEP_SCALE": scale}
+    scales = {"THRESHOLD": drop_threshold(probability), "KEEP_SCALE": 1 / (1 - probability)}
+    return {"key": key, "sample_index": sample_index, "layer": layer, **scales}

@@ -1,9 +1,10 @@
-"""noise_mse: m[t] * mean((prediction - c[t] * eps - d[t] * x_start)^2) an image (Ho et al. 2020, Eq. 14).
+"""noise_mse: weight[t] * mean((prediction - target_eps[t] * eps - target_x_start[t] * x_start)^2) of each image.
 
-Layout: prediction NHWC or NCHW, images in either; a program owns a tile of one image (`pixel_tiles`), in prediction's
-order of memory. Arithmetic and sums in float32: a tile's sum, then an image's tiles, both in a fixed order and without
-atomics, so two runs agree bit for bit. Nothing is kept for the backward pass, which makes eps and x_start again.
-Bytes moved: forward reads prediction and images once and writes 4 bytes a tile; backward reads them again and writes
+That is the loss of Ho et al. 2020, Eq. 14, and its gradient.
+Layout: prediction and images NHWC; a program owns a tile of one image (`pixel_tiles`). Arithmetic and sums in float32:
+a tile's sum, then an image's tiles, both in a fixed order and without atomics, so two runs agree bit for bit. Nothing
+is kept for the backward pass, which makes eps and x_start again.
+Bytes moved: forward reads prediction and images once and writes 4 bytes per tile; backward reads them again and writes
 the gradient once. Not yet timed on a GPU.
 Shapes: N images, C channels, H x W pixels, T timesteps, P tiles of an image.
 """
@@ -15,39 +16,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddpm_fast.constants import TRAINING_COLUMN
 from ddpm_fast.kernels import checks
 from ddpm_fast.kernels.pixel_tiles import load_column
-from ddpm_fast.kernels.training_tiles import (
-    COLUMN_C,
-    COLUMN_D,
-    COLUMN_M,
-    COLUMNS,
-    example_arguments,
-    load_example,
-    locate_example,
-)
+from ddpm_fast.kernels.training_tiles import COLUMNS, example_arguments, load_example, locate_example
 
+TARGET_EPS = tl.constexpr(TRAINING_COLUMN.target_eps)
+TARGET_X_START = tl.constexpr(TRAINING_COLUMN.target_x_start)
+WEIGHT = tl.constexpr(TRAINING_COLUMN.weight)
 PARTIALS = tl.constexpr(256)  # of an image, added at once
 
 
 @triton.jit
 def tile_difference(
-    prediction_ptr, images_ptr, image, group, first_pixel, noise, c, d, HW, W,
-    C: tl.constexpr, MIRROR: tl.constexpr, NHWC: tl.constexpr, IMAGES_NHWC: tl.constexpr, BLOCK: tl.constexpr,
+    prediction_ptr, images_ptr, image, row_ptr, inside, first_pixel, noise, HW, W,
+    C: tl.constexpr, MIRROR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return prediction - target over a tile, 0 outside the image, with the places' offsets and mask."""
-    x_start, eps, place, real = load_example(
-        images_ptr, image, group, first_pixel, noise, HW, W, C, MIRROR, NHWC, IMAGES_NHWC, BLOCK
-    )
+    target_eps = load_column(row_ptr, TARGET_EPS, inside)
+    target_x_start = load_column(row_ptr, TARGET_X_START, inside)
+    x_start, eps, place, real = load_example(images_ptr, image, first_pixel, noise, HW, W, C, MIRROR, BLOCK)
     prediction = tl.load(prediction_ptr + place, mask=real, other=0.0).to(tl.float32)
-    return tl.where(real, prediction - (c * eps + d * x_start), 0.0), place, real
+    target = target_eps * eps + target_x_start * x_start
+    return tl.where(real, prediction - target, 0.0), place, real
 
 
 @triton.jit
 def noise_mse_kernel(
     partial_ptr,  # [N, P] float32: sums of squares
-    prediction_ptr,  # [N, C, H, W], NHWC or NCHW
-    images_ptr,  # [N, C, H, W] uint8 or float, IMAGES_NHWC or NCHW
+    prediction_ptr,  # [N, H, W, C]
+    images_ptr,  # [N, H, W, C] uint8 or float
     t_ptr,  # [N] int64
     table_ptr,  # [T, 5] float32
     key_ptr,  # [2] int64
@@ -58,23 +56,15 @@ def noise_mse_kernel(
     tiles,  # P
     C: tl.constexpr,
     MIRROR: tl.constexpr,
-    NHWC: tl.constexpr,
-    IMAGES_NHWC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     image, first_pixel, row_ptr, inside, noise = locate_example(
         t_ptr, table_ptr, key_ptr, sample_index_ptr, T, tiles, MIRROR, BLOCK
     )
-    c = load_column(row_ptr, COLUMN_C, inside)
-    d = load_column(row_ptr, COLUMN_D, inside)
-    total = 0.0
-    for group in range((C + 3) // 4):
-        difference, _, _ = tile_difference(
-            prediction_ptr, images_ptr, image, group, first_pixel, noise, c, d, HW, W,
-            C, MIRROR, NHWC, IMAGES_NHWC, BLOCK,
-        )  # fmt: skip
-        total += tl.sum(difference * difference)
-    tl.store(partial_ptr + tl.program_id(0), total)
+    difference, _, _ = tile_difference(
+        prediction_ptr, images_ptr, image, row_ptr, inside, first_pixel, noise, HW, W, C, MIRROR, BLOCK
+    )
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(difference * difference))
 
 
 @triton.jit
@@ -89,21 +79,21 @@ def noise_mse_mean_kernel(
 ):
     image = tl.program_id(0)
     t = tl.load(t_ptr + image)
-    m = load_column(table_ptr + t * COLUMNS, COLUMN_M, (t >= 0) & (t < T))
+    weight = load_column(table_ptr + t * COLUMNS, WEIGHT, (t >= 0) & (t < T))
     total = 0.0
     for first in range(0, tiles, PARTIALS):
         tile = first + tl.arange(0, PARTIALS)
         partial = tl.load(partial_ptr + image.to(tl.int64) * tiles + tile, mask=tile < tiles, other=0.0)
         total += tl.sum(partial)
-    tl.store(loss_ptr + image, m * (total / elements))
+    tl.store(loss_ptr + image, weight * (total / elements))
 
 
 @triton.jit
 def noise_mse_backward_kernel(
-    grad_prediction_ptr,  # [N, C, H, W], in prediction's dtype and layout
+    grad_prediction_ptr,  # [N, H, W, C] in prediction's dtype
     grad_ptr,  # [N] float32
-    prediction_ptr,  # [N, C, H, W], NHWC or NCHW
-    images_ptr,  # [N, C, H, W] uint8 or float, IMAGES_NHWC or NCHW
+    prediction_ptr,  # [N, H, W, C]
+    images_ptr,  # [N, H, W, C] uint8 or float
     t_ptr,  # [N] int64
     table_ptr,  # [T, 5] float32
     key_ptr,  # [2] int64
@@ -115,22 +105,16 @@ def noise_mse_backward_kernel(
     tiles,  # P
     C: tl.constexpr,
     MIRROR: tl.constexpr,
-    NHWC: tl.constexpr,
-    IMAGES_NHWC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     image, first_pixel, row_ptr, inside, noise = locate_example(
         t_ptr, table_ptr, key_ptr, sample_index_ptr, T, tiles, MIRROR, BLOCK
     )
-    c = load_column(row_ptr, COLUMN_C, inside)
-    d = load_column(row_ptr, COLUMN_D, inside)
-    scale = 2.0 * tl.load(grad_ptr + image) * load_column(row_ptr, COLUMN_M, inside) / elements
-    for group in range((C + 3) // 4):
-        difference, offset, real = tile_difference(
-            prediction_ptr, images_ptr, image, group, first_pixel, noise, c, d, HW, W,
-            C, MIRROR, NHWC, IMAGES_NHWC, BLOCK,
-        )  # fmt: skip
-        tl.store(grad_prediction_ptr + offset, scale * difference, mask=real)
+    scale = 2.0 * tl.load(grad_ptr + image) * load_column(row_ptr, WEIGHT, inside) / elements
+    difference, place, real = tile_difference(
+        prediction_ptr, images_ptr, image, row_ptr, inside, first_pixel, noise, HW, W, C, MIRROR, BLOCK
+    )
+    tl.store(grad_prediction_ptr + place, scale * difference, mask=real)
 
 
 def arguments(
@@ -141,10 +125,9 @@ def arguments(
     Raises:
         ValueError: a shape, dtype, device or layout is not taken.
     """
-    shape = checks.image_shape("prediction", prediction)
-    checks.check("prediction", prediction, shape, checks.FLOATS, prediction.device)
-    shared = example_arguments(prediction, images, t, table, key, sample_index, flip)
-    return {**shared, "prediction_ptr": prediction, "NHWC": checks.is_nhwc(prediction=prediction)}
+    shared = example_arguments(images, t, table, key, sample_index, flip)
+    checks.check_images("prediction", prediction, images.shape, checks.FLOATS, images.device)
+    return {"prediction_ptr": prediction, **shared}
 
 
 def noise_mse(
@@ -154,9 +137,10 @@ def noise_mse(
     table: Tensor,
     key: Tensor,
     sample_index: Tensor,
+    *,
     flip: bool = False,
 ) -> Tensor:
-    """Compare a prediction with its target, made again; arguments as `ddpm_fast.reference.noise_mse`.
+    """Compare a prediction with its target, made again; arguments as `ddpm_fast.ops.reference.noise_mse`.
 
     Returns:
         [N] float32.
@@ -165,8 +149,7 @@ def noise_mse(
         ValueError: a shape, dtype, device or layout is not taken. A t outside the table gives NaN.
     """
     shared = arguments(prediction, images, t, table, key, sample_index, flip)
-    N, C, H, W = prediction.shape
-    tiles = shared["tiles"]
+    N, tiles = len(prediction), shared["tiles"]
     grid = checks.grid("prediction", prediction, N * tiles)
     loss = torch.empty(N, dtype=torch.float32, device=prediction.device)
     partial = torch.empty((N, tiles), dtype=torch.float32, device=prediction.device)
@@ -179,7 +162,7 @@ def noise_mse(
             partial_ptr=partial,
             t_ptr=t,
             table_ptr=table,
-            elements=C * H * W,
+            elements=prediction[0].numel(),
             T=len(table),
             tiles=tiles,
             num_warps=1,
@@ -195,9 +178,10 @@ def noise_mse_backward(
     table: Tensor,
     key: Tensor,
     sample_index: Tensor,
+    *,
     flip: bool = False,
 ) -> Tensor:
-    """Return the gradient of `noise_mse` by prediction, in prediction's dtype and layout.
+    """Return the gradient of `noise_mse` by prediction, in prediction's dtype, NHWC.
 
     Args:
         grad: [N] float32, the gradient by each image's loss.
@@ -210,7 +194,7 @@ def noise_mse_backward(
     N = len(prediction)
     checks.check_dense("grad", grad, (N,), (torch.float32,), prediction.device)
     grid = checks.grid("prediction", prediction, N * shared["tiles"])
-    grad_prediction = torch.empty_like(prediction)
+    grad_prediction = torch.empty_like(prediction, memory_format=torch.channels_last)
     if N:
         with torch.cuda.device_of(prediction):
             noise_mse_backward_kernel[grid](

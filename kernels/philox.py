@@ -1,9 +1,9 @@
-"""Addressable randomness inside kernels, as in `ddpm_fast.noise`.
+"""Addressable randomness inside kernels, as in `ddpm_fast.diffusion.noise`.
 
-Counter and key as there: c0 pixel h * W + w, c1 sample index, c2 step, c3 stream + 256 * (channel // 4). The integers
-equal the reference's bit for bit, so do the uniforms (their scale is a power of two); the normals agree to float32
-rounding: |z - z64| <= 4 * 2**-23 * radius, where z64 and the radius sqrt(-2 ln u1) are taken in float64 from the same
-float32 uniforms.
+Counter and key as there: c0 pixel h * W + w, c1 sample index, c2 step, c3 stream + CHANNEL_STEP * (channel // 4). The
+integers equal the reference's bit for bit, so do the uniforms (their scale is a power of two); the normals agree to
+float32 rounding: |z - z64| <= 4 * 2**-23 * radius, where z64 and the radius sqrt(-2 ln u1) are taken in float64 from
+the same float32 uniforms.
 
 Ten rounds are 20 multiplications 32 x 32 -> 64, written as such: each becomes one IMAD.WIDE, where `tl.umulhi` beside
 a low product would take two instructions. A sine and a cosine of a turn need no range reduction but a subtraction
@@ -13,14 +13,13 @@ that is exact; `tl.cos` would keep Payne-Hanek's table in local memory.
 import triton
 import triton.language as tl
 
-# The streams of `ddpm_fast.noise.Stream`, which kernels may not import; a test holds them together.
-TRAINING = tl.constexpr(0)
-SAMPLING = tl.constexpr(1)
-TIMESTEP = tl.constexpr(2)
-FLIP = tl.constexpr(3)
-DATA_ORDER = tl.constexpr(4)
-DROPOUT = tl.constexpr(5)
-GROUP = tl.constexpr(256)  # c3 = stream + GROUP * (channel // 4)
+from ddpm_fast import constants
+
+TRAINING = tl.constexpr(int(constants.Stream.TRAINING))
+SAMPLING = tl.constexpr(int(constants.Stream.SAMPLING))
+FLIP = tl.constexpr(int(constants.Stream.FLIP))
+DROPOUT = tl.constexpr(int(constants.Stream.DROPOUT))
+CHANNEL_STEP = tl.constexpr(constants.CHANNEL_STEP)
 
 _MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 _MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)

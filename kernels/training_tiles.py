@@ -10,17 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddpm_fast.constants import TRAINING_COLUMN
 from ddpm_fast.kernels import checks
 from ddpm_fast.kernels.philox import FLIP, TRAINING, first_word, load_key, load_word
-from ddpm_fast.kernels.pixel_tiles import load_x_start, tile_normals, tile_pixels, tile_places
+from ddpm_fast.kernels.pixel_tiles import load_x_start, tile_arguments, tile_normals, tile_places
 
-# The columns of `ddpm_fast.schedule.TrainingTable`, which kernels may not import; a test holds them together.
-COLUMN_A = tl.constexpr(0)
-COLUMN_B = tl.constexpr(1)
-COLUMN_C = tl.constexpr(2)
-COLUMN_D = tl.constexpr(3)
-COLUMN_M = tl.constexpr(4)
-COLUMNS = tl.constexpr(5)
+COLUMNS = tl.constexpr(len(TRAINING_COLUMN))
 
 
 @triton.jit
@@ -40,34 +35,28 @@ def locate_example(t_ptr, table_ptr, key_ptr, sample_index_ptr, T, tiles, MIRROR
 
 @triton.jit
 def load_example(
-    images_ptr, image, group, first_pixel, noise, HW, W,
-    C: tl.constexpr, MIRROR: tl.constexpr, NHWC: tl.constexpr, IMAGES_NHWC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    images_ptr, image, first_pixel, noise, HW, W, C: tl.constexpr, MIRROR: tl.constexpr, BLOCK: tl.constexpr
+):
     """Return x_start and eps over a tile, and the places' offsets from the first image and their mask."""
     sample, k0, k1, flipped = noise
-    pixel, channel, offset, real = tile_places(first_pixel, group, HW, C, NHWC, BLOCK)
-    x_start = load_x_start(
-        images_ptr, image, pixel, channel, offset, real, flipped, HW, W, C, IMAGES_NHWC, NHWC, MIRROR
-    )
-    eps = tile_normals(first_pixel, group, sample, 0, TRAINING, k0, k1, C, NHWC, BLOCK)
+    pixel, offset, real = tile_places(first_pixel, HW, C, BLOCK)
+    x_start = load_x_start(images_ptr, image, pixel, offset, real, flipped, HW, W, C, MIRROR)
+    eps = tile_normals(first_pixel, sample, 0, TRAINING, k0, k1, C, BLOCK)
     return x_start, eps, image.to(tl.int64) * HW * C + offset, real
 
 
 def example_arguments(
-    like: Tensor, images: Tensor, t: Tensor, table: Tensor, key: Tensor, sample_index: Tensor, flip: bool
+    images: Tensor, t: Tensor, table: Tensor, key: Tensor, sample_index: Tensor, flip: bool
 ) -> dict[str, Any]:
-    """Check that examples fit a tensor [N, C, H, W] that was checked, and return them as the kernels' arguments.
+    """Check training examples, and return them as the kernels' arguments.
 
     Raises:
         ValueError: a shape, dtype, device or layout is not taken.
     """
-    (N, C, H, W), device = like.shape, like.device
-    checks.check("images", images, (N, C, H, W), (torch.uint8, *checks.FLOATS), device)
+    tiles, device, N = tile_arguments("images", images), images.device, len(images)
+    checks.check_images("images", images, images.shape, (torch.uint8, *checks.FLOATS), device)
     checks.check_dense("t", t, (N,), (torch.int64,), device)
     checks.check_dense("table", table, (len(table), COLUMNS.value), (torch.float32,), device)
     checks.check_address(key, sample_index, N, device)
-    BLOCK, warps = tile_pixels(C, H * W)
     lookups = {"t_ptr": t, "table_ptr": table, "key_ptr": key, "sample_index_ptr": sample_index, "T": len(table)}
-    sizes = {"HW": H * W, "W": W, "tiles": triton.cdiv(H * W, BLOCK), "C": C, "MIRROR": flip, "BLOCK": BLOCK}
-    layout = {"images_ptr": images, "IMAGES_NHWC": checks.is_nhwc(images=images), "num_warps": warps}
-    return {**lookups, **sizes, **layout}
+    return {"images_ptr": images, **lookups, **tiles, "W": images.shape[3], "MIRROR": flip}

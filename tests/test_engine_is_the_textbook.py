@@ -19,6 +19,7 @@ from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import EAGER, Execution, can_compile_for_cpu, choose_tf32
 from ddpm_fast.engine.sampling import ImageRange, Loop, sample
 from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.ops import REFERENCE, fused_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (3, 8, 8)
@@ -114,7 +115,7 @@ def configuration(prediction: str, unet: UNetConfig = UNET, **changes: Any) -> C
 def engine(config: Config, kernels: bool = False, execution: Execution = EAGER) -> Trainer:
     choose_tf32("fp32")
     trainer, generator = Trainer(config, batch, DEVICE, execution), torch.Generator().manual_seed(0)
-    trainer.unet.use_kernels(kernels)
+    trainer.unet.use(fused_ops() if kernels else REFERENCE)
     with torch.no_grad():
         for parameter in trainer.unet.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(DEVICE))

@@ -15,10 +15,11 @@ from bench.work.scenarios import CONFIGURATIONS, Variant, default_variant
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import SamplerTable, sampler_table
-from ddpm_fast.engine.execution import choose_kernels, choose_tf32
+from ddpm_fast.engine.execution import choose_tf32
 from ddpm_fast.engine.sampling import GRAPH_STEPS, Loop
 from ddpm_fast.engine.trainer import new_unet
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.ops import choose_ops
 
 STEPS = GRAPH_STEPS + 3
 """So that a captured loop replays its graph of many steps and its graph of one."""
@@ -48,7 +49,8 @@ def hide_nothing(unet: UNet) -> UNet:
 
 
 def _make(unet: UNet, table: SamplerTable, size: Sampling, variant: Variant, dtype: torch.dtype) -> Made:
-    loop = Loop(unet.use_kernels(choose_kernels(variant.kernels)), table, dtype, variant.execution)
+    ops = choose_ops(variant.kernels, unet.conv_in.weight.device)
+    loop = Loop(unet.use(ops), table, dtype, variant.execution)
     address = NoiseAddress(key_from_seed(0, loop.device), torch.arange(size.batch, device=loop.device))
     return Made(variant, dtype, loop.run(address).double())
 

@@ -12,7 +12,7 @@ from bench.timing.clock import Clock, interleave, measure, warm_up
 from bench.work.figures import Ceilings, copy_rate, matrix_rate, rates, scenario_figures
 from bench.work.first_step import Kind, time_first_step
 from bench.work.ops import builders, forms
-from bench.work.parts import time_by_part
+from bench.work.parts import labelled_ops, time_by_part
 from bench.work.scenarios import (
     CONFIGURATIONS,
     Scenario,
@@ -129,7 +129,8 @@ def parts(workbench: Workbench, size: Training, steps: int) -> list[Row]:
         build = partial(sampling, config, size.batch, steps, variant, workbench.device)
     else:
         build = partial(train_step, config, size.batch, variant, workbench.device)
-    scenario = prepare(build, variant, workbench.clock).scenario
+    with labelled_ops():
+        scenario = prepare(build, variant, workbench.clock).scenario
     found = time_by_part(scenario.work, workbench.clock)
     what = f"{'sampling' if steps else 'train'} step, {size.configuration}, batch {size.batch}, {variant}"
     row: Row = {"what": what, "parts": {name: part.seconds / scenario.steps for name, part in found.items()}}

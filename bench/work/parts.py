@@ -6,9 +6,10 @@ kernels that count, by their names, since the replay of a graph has no operators
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 from unittest import mock
 
 from torch.autograd import DeviceType
@@ -16,7 +17,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.timing.clock import Clock, Work
-from ddpm_fast.ops import reference
+from ddpm_fast import ops
 
 OUTSIDE = "outside operators and kernels"
 HEAVIEST = 4
@@ -44,8 +45,6 @@ PARTS: tuple[tuple[str, str], ...] = (
 )
 OTHER = "copies and elementwise"
 
-_OPS = ("q_sample", "noise_mse", "group_norm_silu", "timestep_embedding", "reverse_step")
-
 
 def part_of(name: str) -> str:
     """Return the part of a step that an operator or a kernel belongs to."""
@@ -53,21 +52,18 @@ def part_of(name: str) -> str:
 
 
 @contextmanager
-def _labelled_ops() -> Iterator[None]:
-    """Put the engine's op names into the profile, so that what an op calls counts for the op."""
+def labelled_ops() -> Iterator[None]:
+    """Let what is built here put the names of plain PyTorch's ops into profiles: what an op calls counts for the op."""
 
-    def labelled(name: str):
-        op = getattr(reference, name)
-
-        def call(*args, **kwargs):
+    def labelled(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             with record_function(f"op::{name}"):
                 return op(*args, **kwargs)
 
         return call
 
-    with ExitStack() as stack:
-        for name in _OPS:
-            stack.enter_context(mock.patch.object(reference, name, labelled(name)))
+    functions = {name: labelled(name, op) for name, op in vars(ops.REFERENCE).items() if callable(op)}
+    with mock.patch.object(ops, "REFERENCE", replace(ops.REFERENCE, **functions)):
         yield
 
 
@@ -118,14 +114,14 @@ def _by_part(events: Iterable[FunctionEvent], on_gpu: bool) -> dict[str, Part]:
 
 
 def time_by_part(work: Work, clock: Clock) -> dict[str, Part]:
-    """Return what each part of one call of warm work takes, the longest first.
+    """Return what each part of one call of warm work, built among `labelled_ops`, takes, the longest first.
 
     What no operator (on a CPU) and no kernel (on a GPU) accounts for is `OUTSIDE`: Python, launches and waiting.
     """
     on_gpu = clock.device.type == "cuda"
     elapsed = clock.seconds(work)  # without the profiler, which slows operators down
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with _labelled_ops(), profile(activities=activities, acc_events=True) as profiled:
+    with profile(activities=activities, acc_events=True) as profiled:
         profiled_elapsed = clock.seconds(work)
     # A GPU's kernels run as fast as without the profiler. A CPU's operators are slowed down about alike: their shares
     # hold, and their sum is brought back.

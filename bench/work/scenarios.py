@@ -19,7 +19,7 @@ from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine import sampling as engine_loop
-from ddpm_fast.engine.execution import Execution, choose_dtype, choose_kernels
+from ddpm_fast.engine.execution import Execution, choose_dtype
 from ddpm_fast.engine.sampling import GRAPH_STEPS, Loop
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer, new_unet
 from ddpm_fast.presets import PRESETS
@@ -139,7 +139,7 @@ def train_step(config: Config, batch: int, variant: Variant, device: torch.devic
 
 def sampling(config: Config, batch: int, steps: int, variant: Variant, device: torch.device) -> Scenario:
     """Build one batch of the paper's sampler over K of its T steps; every call makes other images."""
-    unet = new_unet(config, device).use_kernels(choose_kernels(variant.kernels))
+    unet = new_unet(with_training(config, kernels=variant.kernels), device)
     table = sampler_table(config.diffusion, SamplerConfig(steps=steps))
     loop = Loop(unet, table, loop_dtype(device), variant.execution)
     key, numbers = key_from_seed(0, device), torch.arange(batch, device=device)

@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ddpm_fast import ops
 from ddpm_fast.checks.kernels import check_kernels, kernel_table
 from ddpm_fast.checks.process import (
     Line,
@@ -22,12 +21,14 @@ from ddpm_fast.checks.process import (
     training_noise,
 )
 from ddpm_fast.config import Config, with_training
+from ddpm_fast.constants import Row, TrainingTable
 from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, timesteps
-from ddpm_fast.diffusion.samplers import Row, sampler_table
-from ddpm_fast.engine.execution import choose_dtype, choose_kernels
+from ddpm_fast.diffusion.samplers import sampler_table
+from ddpm_fast.engine.execution import choose_dtype
 from ddpm_fast.engine.trainer import Trainer, ema_decay
+from ddpm_fast.ops import RULE, choose_ops
 from ddpm_fast.runs.checkpoint import PARTS, Checkpoint
 
 EXAMPLES = 8
@@ -66,19 +67,16 @@ def _shown(line: Line) -> str:
 
 def report_kernels(config: Config, device: torch.device) -> int:
     """Print which ops run kernels and, where any do, the table of them; return the exit status: 0, or 3."""
-    print(f"kernels: {ops.RULE}")
-    if not _runs_kernels(config, device):
+    print(f"kernels: {RULE}")
+    ops = choose_ops(config.training.kernels, device)
+    if not ops.fused:
         print(f"  none run here: the device is {device.type}, --{'' if config.training.kernels else 'no-'}kernels")
         return 0
     right = True
-    for row, within_bound in kernel_table(config, device, choose_dtype(config.training.precision, device)):
+    for row, within_bound in kernel_table(ops, config, device, choose_dtype(config.training.precision, device)):
         print(f"  {row}" + ("" if within_bound else "  FAIL"), flush=True)
         right &= within_bound
     return 0 if right else 3
-
-
-def _runs_kernels(config: Config, device: torch.device) -> bool:
-    return ops.runs_kernel(choose_kernels(config.training.kernels), torch.empty(0, device=device))
 
 
 def check_start(config: Config, dataset: Dataset, device: torch.device) -> Iterator[Line]:
@@ -98,14 +96,14 @@ def _check_everything_but_fitting(
 ) -> Iterator[Line]:
     shape = (config.unet.image_channels, config.unet.height, config.unet.width)
     trainer = _small_trainer(config, dataset, device, found)
-    kernels = trainer.unet.kernels
-    yield from check_noise(shape, device, kernels)
+    ops = trainer.unet.ops
+    yield from check_noise(shape, device, ops)
     yield from check_schedule(config.diffusion)
     yield from check_data(trainer, shape)
     yield from check_forward_process(trainer)
-    yield from check_samplers(config.diffusion, device, kernels)
-    if _runs_kernels(config, device):
-        yield from check_kernels(config, device, choose_dtype(config.training.precision, device))
+    yield from check_samplers(config.diffusion, device, ops)
+    if ops.fused:
+        yield from check_kernels(ops, config, device, choose_dtype(config.training.precision, device))
     yield from check_network(trainer, trained=found is not None)
 
 
@@ -131,9 +129,9 @@ def check_data(trainer: Trainer, shape: tuple[int, int, int]) -> Iterator[Line]:
     fits = tuple(images.shape[1:]) == shape and images.dtype == torch.uint8
     found = f"{tuple(images.shape[1:])} {images.dtype}"
     yield Line("images fit the U-Net", fits, f"{shape} torch.uint8", found, "ddpm_fast/data/dataset.py")
-    table = torch.tensor([[1.0, 0.0, 0.0, 1.0, 1.0]], device=images.device)  # a = 1, b = 0: no noise
-    t, kernels = torch.zeros_like(sample_index), trainer.unet.kernels
-    x_start = ops.q_sample(images, t, table, trainer.key, sample_index, kernels=kernels)
+    row = TrainingTable(signal=1.0, noise=0.0, target_eps=0.0, target_x_start=1.0, weight=1.0)
+    table, t = torch.tensor([row], device=images.device), torch.zeros_like(sample_index)
+    x_start = trainer.unet.ops.q_sample(images, t, table, trainer.key, sample_index)
     low, high = float(x_start.min()), float(x_start.max())
     fine = low >= -1 and high <= 1 and high - low > 0.1
     found = f"{low:.3f}..{high:.3f}"
@@ -148,16 +146,16 @@ def check_forward_process(trainer: Trainer) -> Iterator[Line]:
     t = (torch.arange(EXAMPLES, device=images.device) * (diffusion.timesteps * 9 // 10)) // EXAMPLES
     x_start = (images.double() / 127.5 - 1).float()
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    kernels = trainer.unet.kernels
-    eps = training_noise(sample_index, shape, trainer.config.training.seed, kernels)
+    ops = trainer.unet.ops
+    eps = training_noise(sample_index, shape, trainer.config.training.seed, ops)
     target = closed_form_target(diffusion, t, x_start.double(), eps.double())
-    x_t = ops.q_sample(images, t, trainer.table, trainer.key, sample_index, kernels=kernels)
+    x_t = ops.q_sample(images, t, trainer.table, trainer.key, sample_index)
     row = Row(*sampler_table(diffusion).rows.to(images.device).flip(0)[t].unbind(1))
-    p, q = row.p.view(-1, 1, 1, 1), row.q.view(-1, 1, 1, 1)
-    off = float((p * x_t - q * target - x_start).abs().max())
+    from_x, from_prediction = (column.view(-1, 1, 1, 1) for column in (row.x0_from_x, row.x0_from_prediction))
+    off = float((from_x * x_t - from_prediction * target - x_start).abs().max())
     expected = "x_start again within 1e-3"
     yield Line("q_sample, then predicting x_start, gives the data back", off < 1e-3, expected, f"{off:.1e} off", file)
-    loss = float(ops.noise_mse(target, images, t, trainer.table, trainer.key, sample_index, kernels=kernels).max())
+    loss = float(ops.noise_mse(target, images, t, trainer.table, trainer.key, sample_index).max())
     name = f"the loss of the true {diffusion.prediction} is 0"
     file = "ddpm_fast/ops/reference.py or ddpm_fast/diffusion/schedule.py"
     yield Line(name, loss < 1e-6, "below 1e-6", f"{loss:.1e}", file)
@@ -168,9 +166,9 @@ def check_network(trainer: Trainer, trained: bool) -> Iterator[Line]:
     file = "ddpm_fast/model/unet.py or ddpm_fast/engine/trainer.py"
     if not trained:
         images, sample_index, t = _first_batch(trainer)
-        zeros = torch.zeros(images.shape, device=images.device)
-        address = (images, t, trainer.table, trainer.key, sample_index)
-        nothing = float(ops.noise_mse(zeros, *address, kernels=trainer.unet.kernels).mean())
+        zeros = torch.zeros_like(images, dtype=torch.float32)
+        example = (images, t, trainer.table, trainer.key, sample_index)
+        nothing = float(trainer.unet.ops.noise_mse(zeros, *example).mean())
         first = float(trainer.losses(0, EXAMPLES).mean().detach())
         expected = f"{nothing:.4f} within 2%"
         yield Line(

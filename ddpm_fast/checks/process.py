@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_fast import ops
 from ddpm_fast.config import DiffusionConfig, SamplerConfig
+from ddpm_fast.constants import SAMPLER_COLUMN, Row, TrainingTable
 from ddpm_fast.diffusion import schedule
 from ddpm_fast.diffusion.noise import key_from_seed
-from ddpm_fast.diffusion.samplers import Row, SamplerTable, sampler_table
+from ddpm_fast.diffusion.samplers import SamplerTable, sampler_table
+from ddpm_fast.ops import REFERENCE, Ops
 
 SIGMAS = 5.0
 """Standard errors that a statistic may be off: 1 false alarm in 1.7 million."""
@@ -27,24 +28,27 @@ class Line:
     file: str
 
 
-def training_noise(sample_index: Tensor, shape: tuple[int, int, int], seed: int, kernels: bool | None = None) -> Tensor:
-    """Return the noise that q_sample really adds: by a table of one row with a = 0, b = 1."""
+def _zeros(sample_index: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    zeros = torch.zeros(len(sample_index), *shape, device=sample_index.device)
+    return zeros.contiguous(memory_format=torch.channels_last)
+
+
+def training_noise(sample_index: Tensor, shape: tuple[int, int, int], seed: int, ops: Ops) -> Tensor:
+    """Return the noise that q_sample really adds: by a table of one row that keeps nothing of the images."""
     device = sample_index.device
-    images = torch.zeros(len(sample_index), *shape, device=device)
-    table = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0]], device=device)
+    row = TrainingTable(signal=0.0, noise=1.0, target_eps=1.0, target_x_start=0.0, weight=1.0)
     t, key = torch.zeros_like(sample_index), key_from_seed(seed, device)
-    return ops.q_sample(images, t, table, key, sample_index, kernels=kernels)
+    return ops.q_sample(_zeros(sample_index, shape), t, torch.tensor([row], device=device), key, sample_index)
 
 
-def _sampling_noise(sample_index: Tensor, shape: tuple[int, int, int], step: int, kernels: bool | None) -> Tensor:
-    """Return the noise that reverse_step really adds: by rows with s = 1 and nothing else."""
+def _sampling_noise(sample_index: Tensor, shape: tuple[int, int, int], step: int, ops: Ops) -> Tensor:
+    """Return the noise that reverse_step really adds: by rows of noise and nothing else."""
     device = sample_index.device
-    x = torch.zeros(len(sample_index), *shape, device=device)
-    rows = torch.zeros(step + 1, len(Row._fields), device=device)
-    rows[:, Row._fields.index("s")] = 1
+    x = _zeros(sample_index, shape)
+    rows = torch.zeros(step + 1, len(SAMPLER_COLUMN), device=device)
+    rows[:, SAMPLER_COLUMN.noise] = 1
     at = torch.full((1,), step, dtype=torch.int64, device=device)
-    key = key_from_seed(0, device)
-    ops.reverse_step(x, x.clone(), rows, at, key, sample_index, clip=False, noisy=True, kernels=kernels)
+    ops.reverse_step(x, x.clone(), rows, at, key_from_seed(0, device), sample_index, clip=False, noisy=True)
     return x
 
 
@@ -64,15 +68,15 @@ def _correlation_sigmas(a: Tensor, b: Tensor) -> float:
     return abs(float((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt())) * len(a) ** 0.5
 
 
-def check_noise(shape: tuple[int, int, int], device: torch.device, kernels: bool | None = None) -> Iterator[Line]:
+def check_noise(shape: tuple[int, int, int], device: torch.device, ops: Ops = REFERENCE) -> Iterator[Line]:
     """Check that noise is N(0, 1) and independent over pixels, channels, samples and steps."""
     _, height, width = shape
     count = max(2, min(4096, 65536 // (height * width)))
     sample_index = torch.arange(count, device=device)
-    wide = (8, height, width)
+    wide = (4, height, width)  # the most channels that images have
     file = "ddpm_fast/diffusion/noise.py"
     for name, noise in (("training", training_noise), ("sampling", _sampling_noise)):
-        z, other = (noise(sample_index, wide, number, kernels) for number in range(2))  # of two seeds, or two steps
+        z, other = (noise(sample_index, wide, number, ops) for number in range(2))  # of two seeds, or two steps
         n = z.numel()
         mean, variance = float(z.mean()) * n**0.5, (float(z.square().mean()) - 1) * (n / 2) ** 0.5
         distance = kolmogorov_smirnov(z)
@@ -106,11 +110,13 @@ def check_schedule(diffusion: DiffusionConfig) -> Iterator[Line]:
     )
     # Products of 1 - beta by another way: sums of logarithms.
     expected = torch.exp(torch.cumsum(torch.log1p(-betas), 0))
-    table = schedule.TrainingTable(*schedule.training_table(diffusion).double().unbind(1))
-    off = float((table.a**2 - expected).abs().max())
-    yield Line("a is sqrt(alphas_cumprod)", off < 1e-6, "a**2 = prod(1 - beta) within 1e-6", f"{off:.1e} off", file)
-    off = float((table.a**2 + table.b**2 - 1).abs().max())
-    yield Line("Var[x_t] = 1 at every t", off < 1e-6, "a**2 + b**2 = 1 within 1e-6", f"{off:.1e} off", file)
+    table = TrainingTable(*schedule.training_table(diffusion).double().unbind(1))
+    off = float((table.signal**2 - expected).abs().max())
+    name, wanted = "signal is sqrt(alphas_cumprod)", "signal**2 = prod(1 - beta) within 1e-6"
+    yield Line(name, off < 1e-6, wanted, f"{off:.1e} off", file)
+    off = float((table.signal**2 + table.noise**2 - 1).abs().max())
+    wanted = "signal**2 + noise**2 = 1 within 1e-6"
+    yield Line("Var[x_t] = 1 at every t", off < 1e-6, wanted, f"{off:.1e} off", file)
 
 
 def closed_form_target(diffusion: DiffusionConfig, t: Tensor, x_start: Tensor, eps: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ def closed_form_target(diffusion: DiffusionConfig, t: Tensor, x_start: Tensor, e
     return {"eps": eps, "x0": x_start, "v": v}[diffusion.prediction].float()
 
 
-def check_samplers(diffusion: DiffusionConfig, device: torch.device, kernels: bool | None = None) -> Iterator[Line]:
+def check_samplers(diffusion: DiffusionConfig, device: torch.device, ops: Ops = REFERENCE) -> Iterator[Line]:
     """Check the posterior by Bayes' rule computed another way, and every sampler with the true prediction."""
     file = "ddpm_fast/diffusion/samplers.py"
     row = Row(*sampler_table(diffusion).rows.flip(0).unbind(1))  # row t now belongs to t
@@ -128,37 +134,36 @@ def check_samplers(diffusion: DiffusionConfig, device: torch.device, kernels: bo
     prior_variance = 1 - schedule.alphas_cumprod(diffusion)[:-1]
     # q(x_{t-1} | x_0) times q(x_t | x_{t-1}), both Gaussian: precisions add up.
     variance = 1 / (1 / prior_variance + (1 - betas) / betas)
-    u = variance * (1 - prior_variance).sqrt() / prior_variance
-    v = variance * (1 - betas).sqrt() / betas
-    off = float(torch.maximum((row.u[1:] - u).abs().max(), (row.v[1:] - v).abs().max()))
+    from_x0 = variance * (1 - prior_variance).sqrt() / prior_variance
+    from_x = variance * (1 - betas).sqrt() / betas
+    off = float(torch.maximum((row.next_from_x0[1:] - from_x0).abs(), (row.next_from_x[1:] - from_x).abs()).max())
     yield Line("the posterior mean is Bayes' rule", off < 1e-9, "within 1e-9", f"{off:.1e} off", file)
     expected = variance if diffusion.variance == "small" else betas
-    off = float((row.s[1:] ** 2 / expected - 1).abs().max()) + float(row.s[0].abs())
+    off = float((row.noise[1:] ** 2 / expected - 1).abs().max()) + float(row.noise[0].abs())
     name = f"the posterior variance is the fixed {diffusion.variance} one"
     yield Line(name, off < 1e-9, "within 1e-9 of it, none in the last step", f"{off:.1e} off", file)
     steps = min(20, diffusion.timesteps)
     for config in (SamplerConfig("ddpm", steps), SamplerConfig("ddim", steps), SamplerConfig("dpm++", steps)):
-        off = _distance_with_true_prediction(diffusion, sampler_table(diffusion, config), device, kernels)
+        off = _distance_with_true_prediction(diffusion, sampler_table(diffusion, config), device, ops)
         name = f"{config.sampler} with the true prediction ends on the data"
         yield Line(name, off < 1e-3, "within 1e-3", f"{off:.1e} off", f"{file} or ddpm_fast/ops/reference.py")
 
 
 def _distance_with_true_prediction(
-    diffusion: DiffusionConfig, table: SamplerTable, device: torch.device, kernels: bool | None
+    diffusion: DiffusionConfig, table: SamplerTable, device: torch.device, ops: Ops
 ) -> float:
     """Run a sampler whose network knows the answer; return how far from it the sampler ends."""
     generator = torch.Generator().manual_seed(0)
-    x_start = (torch.rand(2, 3, 4, 4, generator=generator) * 2 - 1).to(device)
-    x = torch.randn(2, 3, 4, 4, generator=generator).to(device)
+    x_start, x = torch.rand(2, 3, 4, 4, generator=generator) * 2 - 1, torch.randn(2, 3, 4, 4, generator=generator)
+    x_start, x = (value.to(device).contiguous(memory_format=torch.channels_last) for value in (x_start, x))
     x0 = torch.zeros_like(x)
     sample_index, key = torch.arange(2, device=device), key_from_seed(0, device)
     rows = table.rows.to(device, torch.float32)
     for k in range(len(rows)):
-        t = rows[k, 0].long().expand(2)
+        t = rows[k, SAMPLER_COLUMN.t].long().expand(2)
         ab = schedule.alphas_cumprod(diffusion).to(device)[t].view(-1, 1, 1, 1)
         eps = (x.double() - ab.sqrt() * x_start) / (1 - ab).sqrt()
-        out = closed_form_target(diffusion, t, x_start.double(), eps)
+        prediction = closed_form_target(diffusion, t, x_start.double(), eps)
         step = torch.full((1,), k, dtype=torch.int64, device=device)
-        options = {"clip": table.clip, "noisy": table.noisy, "x0": x0, "kernels": kernels}
-        ops.reverse_step(x, out, rows, step, key, sample_index, **options)
+        ops.reverse_step(x, prediction, rows, step, key, sample_index, x0, clip=table.clip, noisy=table.noisy)
     return float((x - x_start).abs().max())

@@ -14,27 +14,17 @@ Shapes: N images, C channels, H x W pixels.
 """
 
 import math
-from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddpm_fast.constants import CHANNEL_STEP, Stream
+
 MASK = 0xFFFFFFFF
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, as 32-bit fractions
-
-
-class Stream(IntEnum):
-    """What a random number is for: the low byte of the counter's last word."""
-
-    TRAINING = 0
-    SAMPLING = 1
-    TIMESTEP = 2
-    FLIP = 3
-    DATA_ORDER = 4
-    DROPOUT = 5
 
 
 class NoiseAddress(NamedTuple):
@@ -118,7 +108,7 @@ def pixel_words(address: NoiseAddress, step: Tensor | int, stream: Stream, shape
     # A number is written by the device itself: copying it there would wait, which a captured graph must not.
     c2 = step if isinstance(step, Tensor) else torch.full((1,), step, dtype=torch.int64, device=sample_index.device)
     c2 = c2.view(1, 1, 1)
-    c3 = (int(stream) + 256 * torch.arange((channels + 3) // 4, device=sample_index.device)).view(1, -1, 1)
+    c3 = (int(stream) + CHANNEL_STEP * torch.arange((channels + 3) // 4, device=sample_index.device)).view(1, -1, 1)
     return torch.stack(philox((c0, c1, c2, c3), key))
 
 

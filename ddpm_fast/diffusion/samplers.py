@@ -1,39 +1,27 @@
 """Samplers as tables: DDPM, DDIM and DPM-Solver++(2M) differ only in the numbers of K rows.
 
-One reverse step, whatever the sampler (columns of a row in the order of `Row`):
+One reverse step, whatever the sampler, with the row's columns as coefficients:
 
-    x0 = p*x - q*out                  (then clipped to [-1, 1] if asked)
-    x  = u*x0 + v*x + e*out + w*x0_prev + s*z
+    x0   = x0_from_x * x - x0_from_prediction * prediction          (then clipped to [-1, 1] if asked)
+    next = next_from_x0 * x0 + next_from_x * x + next_from_prediction * prediction
+           + next_from_x0_prev * x0_prev + noise * z
 
-x is x_t, out what the U-Net returned, x0_prev the last step's x0, z fresh noise, t what the U-Net is told.
+x is x_t, prediction what the U-Net returned, x0_prev the last step's x0, z fresh noise, t what the U-Net is told.
 All rows are computed in float64. ab is alphas_cumprod at this row's t, ab_next at the next row's (1 after the
 last row).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.config import DiffusionConfig, Prediction, SamplerConfig, Spacing, Variance
+from ddpm_fast.constants import SAMPLER_COLUMN, Row
 from ddpm_fast.diffusion.schedule import alphas_cumprod
 
 PAPER = SamplerConfig()
 """Ho et al. 2020: ancestral sampling over all T steps."""
-
-
-class Row(NamedTuple):
-    """Columns of a sampler's table."""
-
-    t: Tensor
-    p: Tensor
-    q: Tensor
-    u: Tensor
-    v: Tensor
-    e: Tensor
-    w: Tensor
-    s: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,12 +36,12 @@ class SamplerTable:
     @property
     def noisy(self) -> bool:
         """Whether any row adds noise."""
-        return bool((self.rows[:, Row._fields.index("s")] != 0).any())
+        return bool((self.rows[:, SAMPLER_COLUMN.noise] != 0).any())
 
     @property
     def multistep(self) -> bool:
         """Whether any row reads the last step's x0."""
-        return bool((self.rows[:, Row._fields.index("w")] != 0).any())
+        return bool((self.rows[:, SAMPLER_COLUMN.next_from_x0_prev] != 0).any())
 
 
 def strided_timesteps(total: int, steps: int, spacing: Spacing) -> Tensor:
@@ -83,7 +71,7 @@ def _next(alpha_bar: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _predict_x_start(ab: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
-    """Return p and q of x0 = p*x - q*out (eps: Ho et al. 2020, Eq. 15; v: Salimans and Ho 2022)."""
+    """Return x0_from_x and x0_from_prediction (eps: Ho et al. 2020, Eq. 15; v: Salimans and Ho 2022)."""
     if prediction == "eps":
         return ab.rsqrt(), ((1 - ab) / ab).sqrt()
     if prediction == "v":
@@ -92,7 +80,7 @@ def _predict_x_start(ab: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor
 
 
 def _eps_direction(ab: Tensor, r: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
-    """Return what r * eps adds to v and e: r times the network's own eps, whatever it predicts."""
+    """Return next_from_x and next_from_prediction of r times the network's own eps, whatever it predicts."""
     zero = torch.zeros_like(r)
     if prediction == "eps":
         return zero, r
@@ -101,35 +89,46 @@ def _eps_direction(ab: Tensor, r: Tensor, prediction: Prediction) -> tuple[Tenso
     return r / (1 - ab).sqrt(), -r * (ab / (1 - ab)).sqrt()
 
 
-def ddpm_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction, variance: Variance) -> Row:
+def ddpm_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction, variance: Variance) -> Row[Tensor]:
     """Return ancestral sampling's rows (Ho et al. 2020, Algorithm 2, Eq. 6 and 7); [K] each.
 
     For strided t, beta is that of the whole stride: 1 - ab / ab_next.
     """
     ab, ab_next = _next(alpha_bar, t)
-    p, q = _predict_x_start(ab, prediction)
     beta = 1 - ab / ab_next
-    u = ab_next.sqrt() * beta / (1 - ab)
-    v = (ab / ab_next).sqrt() * (1 - ab_next) / (1 - ab)
     posterior_variance = beta * (1 - ab_next) / (1 - ab)
-    s = (posterior_variance if variance == "small" else beta).sqrt().clone()
-    s[-1] = 0  # no noise in the last step
-    zero = torch.zeros_like(ab)
-    return Row(t.to(ab.dtype), p, q, u, v, zero, zero, s)
+    noise = (posterior_variance if variance == "small" else beta).sqrt().clone()
+    noise[-1] = 0  # none in the last step
+    return Row(
+        t.to(ab.dtype),
+        *_predict_x_start(ab, prediction),
+        next_from_x0=ab_next.sqrt() * beta / (1 - ab),
+        next_from_x=(ab / ab_next).sqrt() * (1 - ab_next) / (1 - ab),
+        next_from_prediction=torch.zeros_like(ab),
+        next_from_x0_prev=torch.zeros_like(ab),
+        noise=noise,
+    )
 
 
-def ddim_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction, eta: float = 0.0) -> Row:
+def ddim_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction, eta: float = 0.0) -> Row[Tensor]:
     """Return DDIM's rows (Song et al. 2021, Eq. 12 and 16); [K] each."""
     ab, ab_next = _next(alpha_bar, t)
-    p, q = _predict_x_start(ab, prediction)
-    s = eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()
+    noise = eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()
     # Rounding may leave a tiny negative where eta = 1 and ab is close to ab_next.
-    r = (1 - ab_next - s**2).clamp(min=0).sqrt()
-    v, e = _eps_direction(ab, r, prediction)
-    return Row(t.to(ab.dtype), p, q, ab_next.sqrt(), v, e, torch.zeros_like(ab), s)
+    r = (1 - ab_next - noise**2).clamp(min=0).sqrt()
+    next_from_x, next_from_prediction = _eps_direction(ab, r, prediction)
+    return Row(
+        t.to(ab.dtype),
+        *_predict_x_start(ab, prediction),
+        next_from_x0=ab_next.sqrt(),
+        next_from_x=next_from_x,
+        next_from_prediction=next_from_prediction,
+        next_from_x0_prev=torch.zeros_like(ab),
+        noise=noise,
+    )
 
 
-def dpm_solver_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction) -> Row:
+def dpm_solver_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction) -> Row[Tensor]:
     """Return DPM-Solver++(2M)'s rows (Lu et al. 2022, "DPM-Solver++", Algorithm 2); [K] each.
 
     With sigma = sqrt(1 - ab), lambda = log(sqrt(ab) / sigma), h the step in lambda and h_prev the one before:
@@ -137,16 +136,21 @@ def dpm_solver_rows(alpha_bar: Tensor, t: Tensor, prediction: Prediction) -> Row
     The first row has no x0_prev, and the last, which ends on clean data, none that helps: both are of first order.
     """
     ab, ab_next = _next(alpha_bar, t)
-    p, q = _predict_x_start(ab, prediction)
     sigma, sigma_next = (1 - ab).sqrt(), (1 - ab_next).sqrt()
     log_snr = torch.cat([(ab.sqrt() / sigma).log(), torch.full((1,), torch.inf, dtype=ab.dtype)])
     h = log_snr.diff()
     gain = -ab_next.sqrt() * torch.expm1(-h)
     extrapolation = torch.zeros_like(ab)
     extrapolation[1:-1] = 0.5 * h[1:-1] / h[:-2]
-    zero = torch.zeros_like(ab)
-    u, w = gain * (1 + extrapolation), -gain * extrapolation
-    return Row(t.to(ab.dtype), p, q, u, sigma_next / sigma, zero, w, zero)
+    return Row(
+        t.to(ab.dtype),
+        *_predict_x_start(ab, prediction),
+        next_from_x0=gain * (1 + extrapolation),
+        next_from_x=sigma_next / sigma,
+        next_from_prediction=torch.zeros_like(ab),
+        next_from_x0_prev=-gain * extrapolation,
+        noise=torch.zeros_like(ab),
+    )
 
 
 def sampler_table(diffusion: DiffusionConfig, sampler: SamplerConfig = PAPER) -> SamplerTable:

@@ -5,22 +5,12 @@ Everything is computed in float64; only the finished training table is float32.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.config import DiffusionConfig, Prediction
-
-
-class TrainingTable(NamedTuple):
-    """Columns of the training table: x_t = a*x_start + b*eps, target = c*eps + d*x_start, loss weight m."""
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    d: Tensor
-    m: Tensor
+from ddpm_fast.constants import TrainingTable
 
 
 def linear_betas(timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -83,8 +73,8 @@ def training_table(config: DiffusionConfig, min_snr_gamma: float = 0.0, dtype: t
         [T, 5] in `dtype`; the columns are those of `TrainingTable`.
     """
     alpha_bar = alphas_cumprod(config)
-    a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    one, zero = torch.ones_like(a), torch.zeros_like(a)
-    c, d = {"eps": (one, zero), "x0": (zero, one), "v": (a, -b)}[config.prediction]
-    columns = TrainingTable(a, b, c, d, loss_weights(alpha_bar, config.prediction, min_snr_gamma))
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    one, zero = torch.ones_like(signal), torch.zeros_like(signal)
+    target = {"eps": (one, zero), "x0": (zero, one), "v": (signal, -noise)}[config.prediction]
+    columns = TrainingTable(signal, noise, *target, loss_weights(alpha_bar, config.prediction, min_snr_gamma))
     return torch.stack(columns, dim=1).to(dtype)

@@ -1,4 +1,4 @@
-"""How to run: device, precision, kernels, compiling, capturing; and where compiled code is kept.
+"""How to run: device, precision, compiling, capturing; and where compiled code is kept.
 
 Flags say what is allowed; the device says what of it there is.
 """
@@ -76,11 +76,6 @@ def choose_tf32(precision: str) -> None:
     """Let float32 products and convolutions of a GPU round their inputs to TF32, or forbid it: PyTorch allows half."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
-
-
-def choose_kernels(wanted: bool) -> bool | None:
-    """Return what --kernels or --no-kernels means to `ops`: its rule, or plain PyTorch."""
-    return None if wanted else False
 
 
 def choose_execution(compile: bool, capture: bool, device: torch.device, sampling_flop: float = 0) -> Execution:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpm_fast import ops
+from ddpm_fast.constants import SAMPLER_COLUMN
 from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
 from ddpm_fast.diffusion.samplers import Row, SamplerTable
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, Graphs, Launched, Work, memory_of
@@ -110,9 +110,9 @@ class Loop:
         self.unet = sampling_copy(unet, dtype)
         self.rows = table.rows.to(self.device, torch.float32)
         self.time_shifts = self._compute_time_shifts(unet)
+        ops = self.unet.ops
         self.eager = Parts(self.unet.denoise, ops.reverse_step)
-        one_kernel = ops.runs_kernel(self.unet.kernels, self.rows)  # which a compiler leaves as it is
-        reverse_step = ops.reverse_step if one_kernel else execution.compile(ops.reverse_step)
+        reverse_step = ops.reverse_step if ops.fused else execution.compile(ops.reverse_step)
         self.parts = Parts(execution.compile(self.unet.denoise), reverse_step)
         self.graphs = graphs or (CudaGraphs(self.device) if execution.captured else None)
         self.graph_bytes = 0  # that captures took, all batch sizes together
@@ -121,7 +121,7 @@ class Loop:
     @torch.no_grad()
     def _compute_time_shifts(self, unet: UNet) -> Tensor:
         # t is known in advance, so the whole time-embedding path is computed once for all K rows, in float32.
-        return unet.time_shifts(self.rows[:, Row._fields.index("t")].contiguous()).to(self.dtype)
+        return unet.time_shifts(self.rows[:, SAMPLER_COLUMN.t].contiguous()).to(self.dtype)
 
     @torch.no_grad()
     def load_weights(self, unet: UNet) -> None:
@@ -133,10 +133,10 @@ class Loop:
     def take_step(self, stage: Stage, parts: Parts) -> None:
         """Take the step whose number lies in device memory, and advance that."""
         shifts = self.time_shifts.index_select(0, stage.step).expand(len(stage.x), -1)
-        out = parts.denoise(stage.model_input, shifts)
-        options = {"clip": self.table.clip, "noisy": self.table.noisy, "kernels": self.unet.kernels}
+        prediction = parts.denoise(stage.model_input, shifts)
+        options = {"clip": self.table.clip, "noisy": self.table.noisy}
         noise = (self.rows, stage.step, stage.key, stage.sample_index)
-        parts.reverse_step(stage.x, out, *noise, x0=stage.x0, model_input=stage.copy, **options)
+        parts.reverse_step(stage.x, prediction, *noise, x0=stage.x0, model_input=stage.copy, **options)
         stage.step += 1
 
     def stage(self, images: int) -> Stage:
@@ -186,7 +186,8 @@ class Loop:
         captured, eager = results
         # What a step makes of a difference in the network's output: far more than it where the steps are few.
         row = Row(*self.table.rows[first : first + steps].unbind(1))
-        allowed = DIFFERENCE[self.dtype] * max(1.0, float((row.e - row.u * row.q).abs().sum()))
+        gain = row.next_from_prediction - row.next_from_x0 * row.x0_from_prediction
+        allowed = DIFFERENCE[self.dtype] * max(1.0, float(gain.abs().sum()))
         difference = float((captured - eager).norm() / eager.norm())
         if not difference <= allowed:
             raise MathematicsError(

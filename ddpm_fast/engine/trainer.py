@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast import ops
 from ddpm_fast.config import Config, TrainingConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, timesteps
 from ddpm_fast.diffusion.schedule import TrainingTable, training_table
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, Graphs, Work
-from ddpm_fast.engine.execution import EAGER, Execution, choose_dtype, choose_kernels
+from ddpm_fast.engine.execution import EAGER, Execution, choose_dtype
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.ops import choose_ops
 
 BatchFunction = Callable[[int, int], tuple[Tensor, Tensor]]
 """(first example, n) -> images [n, C, H, W] uint8 and sample_index [n] int64, on the device."""
@@ -39,10 +39,14 @@ def ema_decay(step: Tensor, config: TrainingConfig) -> Tensor:
 
 
 def new_unet(config: Config, device: torch.device) -> UNet:
-    """Build a U-Net with initial weights that follow from the seed alone, without touching the global generator."""
+    """Build a U-Net with initial weights that follow from the seed alone, without touching the global generator.
+
+    It computes with the ops that --kernels or --no-kernels means on the device.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         unet = UNet(config.unet)
+    unet.use(choose_ops(config.training.kernels, device))
     return unet.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
@@ -72,7 +76,7 @@ class Trainer:
         self._compiled_losses = execution.compile(self._losses_of_batch)
         self._warm_ups = 0
         self._replay: Work | None = None
-        self.unet = new_unet(config, device).use_kernels(choose_kernels(config.training.kernels))
+        self.unet = new_unet(config, device)
         self.parameters = dict(self.unet.named_parameters())
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         # Fused Adam skips its update where found_inf is 1 and divides gradients by grad_scale: that masks bad
@@ -107,11 +111,11 @@ class Trainer:
     def _losses_of_batch(self, images: Tensor, sample_index: Tensor) -> Tensor:
         """Compute the weighted squared errors of a batch: [N] float32 (Algorithm 1, line 5)."""
         t = timesteps(NoiseAddress(self.key, sample_index), self.config.diffusion.timesteps)
-        flip, kernels = self.config.data.flip, self.unet.kernels
-        address = (images, t, self.table, self.key, sample_index, flip)
-        x_t = ops.q_sample(*address, dtype=self.dtype, channels_last=True, kernels=kernels)
-        prediction = self.unet(x_t, t, NoiseAddress(self.key, sample_index))
-        return ops.noise_mse(prediction, *address, kernels=kernels)
+        ops, flip = self.unet.ops, self.config.data.flip
+        example = (images, t, self.table, self.key, sample_index)
+        x_t = ops.q_sample(*example, flip=flip, dtype=self.dtype)
+        prediction = self.unet(x_t, t, dropout_address=NoiseAddress(self.key, sample_index))
+        return ops.noise_mse(prediction, *example, flip=flip)
 
     def load_batch(self) -> None:
         """Write this step's number and batch to where the step reads them."""
@@ -184,12 +188,13 @@ class Trainer:
     def loss_of_predicting_nothing(self, images: int = 256) -> float:
         """Return the expected loss of a network that returns zeros, for the mean square of the first images.
 
-        With independent eps of variance 1 it is the mean over t of m * (c**2 + d**2 * E[x_start**2]).
+        With independent eps of variance 1 it is the mean over t of
+        weight * (target_eps**2 + target_x_start**2 * E[x_start**2]).
         """
         sample, _ = self.batch(0, images)
         mean_square = (sample.float() / 127.5 - 1).square().mean()
         row = TrainingTable(*self.table.unbind(1))
-        return float((row.m * (row.c**2 + row.d**2 * mean_square)).mean())
+        return float((row.weight * (row.target_eps**2 + row.target_x_start**2 * mean_square)).mean())
 
     @contextmanager
     def averaged(self) -> Iterator[UNet]:

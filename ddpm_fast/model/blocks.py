@@ -11,25 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast import ops
 from ddpm_fast.diffusion.noise import NoiseAddress
+from ddpm_fast.ops import REFERENCE
+from ddpm_fast.ops.reference import Dropout
 
 
 class GroupNormSiLU(nn.Module):
-    """GroupNorm with its affine parameters, then SiLU unless told otherwise; see `ops.group_norm_silu`."""
+    """GroupNorm with its affine parameters, then SiLU unless told otherwise; see `reference.group_norm_silu`."""
 
     def __init__(self, channels: int, groups: int, silu: bool = True) -> None:
         super().__init__()
         if channels % groups:
             raise ValueError(f"{channels} channels do not divide into {groups} groups")
         self.groups, self.silu = groups, silu
-        self.kernels: bool | None = None  # set by `UNet.use_kernels`
+        self.ops = REFERENCE  # the U-Net sets what it uses
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, shift: Tensor | None = None, dropout: ops.Dropout | None = None) -> Tensor:
-        options = {"shift": shift, "silu": self.silu, "dropout": dropout, "kernels": self.kernels}
-        return ops.group_norm_silu(x, self.weight, self.bias, self.groups, **options)
+    def forward(self, x: Tensor, shift: Tensor | None = None, dropout: Dropout | None = None) -> Tensor:
+        options = {"shift": shift, "silu": self.silu, "dropout": dropout}
+        return self.ops.group_norm_silu(x, self.weight, self.bias, self.groups, **options)
 
 
 class ConvBeforeShift(nn.Conv2d):
@@ -56,11 +57,11 @@ class ResBlock(nn.Module):
         self.dropout = dropout
         self.layer = 0  # this block's number in forward order, dropout's address; set by the U-Net
 
-    def forward(self, x: Tensor, shift: Tensor, noise: NoiseAddress | None = None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor, dropout_address: NoiseAddress | None = None) -> Tensor:
         """Transform x [N, C, H, W] given this block's shift [N, C_out] of `UNet.time_shifts`."""
         dropout = None
-        if noise is not None and self.dropout > 0:
-            dropout = ops.Dropout(self.dropout, noise.key, noise.sample_index, self.layer)
+        if dropout_address is not None and self.dropout > 0:
+            dropout = Dropout(self.dropout, *dropout_address, self.layer)
         h = self.conv1(self.norm1(x))
         h = self.conv2(self.norm2(h, shift, dropout))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -166,10 +167,10 @@ class MiddleBlock(nn.Module):
         self.attentions = nn.ModuleList([attention])
         self.resnets = BlockList(blocks)
 
-    def forward(self, x: Tensor, shifts: Iterator[Tensor], noise: NoiseAddress | None = None) -> Tensor:
+    def forward(self, x: Tensor, shifts: Iterator[Tensor], dropout_address: NoiseAddress | None = None) -> Tensor:
         first, second = self.resnets
-        x = first(x, next(shifts), noise)
-        return second(self.attentions[0](x), next(shifts), noise)
+        x = first(x, next(shifts), dropout_address)
+        return second(self.attentions[0](x), next(shifts), dropout_address)
 
 
 def xavier_uniform(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast import ops
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress
 from ddpm_fast.model.blocks import (
@@ -23,6 +22,7 @@ from ddpm_fast.model.blocks import (
     Upsample,
     xavier_uniform,
 )
+from ddpm_fast.ops import REFERENCE, Ops
 
 
 class TimeEmbedding(nn.Module):
@@ -56,7 +56,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
         for number, block in enumerate(self.res_blocks()):
             block.layer = number
-        self.use_kernels(None)
+        self.use(REFERENCE)
         self.initialize()
 
     def _res_block(self, channels_in: int, channels_out: int) -> ResBlock:
@@ -117,12 +117,12 @@ class UNet(nn.Module):
                 xavier_uniform(module.output, gain=0)
         xavier_uniform(self.conv_out, gain=0)
 
-    def use_kernels(self, kernels: bool | None) -> "UNet":
-        """Choose how this network's ops run, and those around it in training and sampling; see `ops`."""
-        self.kernels = kernels
+    def use(self, ops: Ops) -> "UNet":
+        """Compute with these ops from now on; training and sampling take theirs from here, too."""
+        self.ops = ops
         for module in self.modules():
             if isinstance(module, GroupNormSiLU):
-                module.kernels = kernels
+                module.ops = ops
         return self
 
     def time_shifts(self, t: Tensor) -> Tensor:
@@ -137,18 +137,18 @@ class UNet(nn.Module):
             [N, S], the blocks' shifts side by side in forward order.
         """
         blocks = self.res_blocks()
-        embedding = self.time_embedding(ops.timestep_embedding(t, self.config.channels, kernels=self.kernels))
+        embedding = self.time_embedding(self.ops.timestep_embedding(t, self.config.channels))
         weight = torch.cat([block.time_emb_proj.weight for block in blocks])
         bias = torch.cat([block.time_emb_proj.bias for block in blocks])
         conv_bias = torch.cat([block.conv1.bias for block in blocks if block.conv1.bias is not None])
         # Added to the product, not to its bias: both would then be handed one gradient, which is changed in place.
         return F.linear(F.silu(embedding), weight, bias) + conv_bias
 
-    def forward(self, x: Tensor, t: Tensor, noise: NoiseAddress | None = None) -> Tensor:
-        """Predict from x_t [N, C, H, W] at timesteps t [N]; `noise` is dropout's address in training."""
-        return self.denoise(x, self.time_shifts(t), noise)
+    def forward(self, x: Tensor, t: Tensor, dropout_address: NoiseAddress | None = None) -> Tensor:
+        """Predict from x_t [N, C, H, W] at timesteps t [N]; without a dropout_address nothing is dropped."""
+        return self.denoise(x, self.time_shifts(t), dropout_address)
 
-    def denoise(self, x: Tensor, time_shifts: Tensor, noise: NoiseAddress | None = None) -> Tensor:
+    def denoise(self, x: Tensor, time_shifts: Tensor, dropout_address: NoiseAddress | None = None) -> Tensor:
         """Predict from x_t [N, C, H, W] and the `time_shifts` [N, S] of its timesteps: [N, C, H, W]."""
         widths = [block.conv1.out_channels for block in self.res_blocks()]
         shifts = iter(time_shifts.split(widths, dim=1))
@@ -157,17 +157,17 @@ class UNet(nn.Module):
         skips = [h]
         for level in self.down_blocks:
             for block, attention in level.blocks():
-                h = attention(block(h, next(shifts), noise))
+                h = attention(block(h, next(shifts), dropout_address))
                 skips.append(h)
             if level.has_resize:
                 h = level.resize(h)
                 skips.append(h)
 
-        h = self.mid_block(h, shifts, noise)
+        h = self.mid_block(h, shifts, dropout_address)
 
         for level in self.up_blocks:
             for block, attention in level.blocks():
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), next(shifts), noise))
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), next(shifts), dropout_address))
             if level.has_resize:
                 h = level.resize(h)
         return self.conv_out(self.conv_norm_out(h))

@@ -2,25 +2,21 @@
 
 The Triton kernels compute the same; `ddpm_fast.ops` chooses between them. Arithmetic is float32, or float64
 where tables or inputs are float64: then these functions are the truth that tests compare with.
-Images may have any memory layout: shapes are written N, C, H, W whatever the strides. T timesteps, K sampling
-steps, G groups. What changes from call to call (key, sample_index, step) is a device tensor, so that a captured graph
-can be replayed with other values.
+Images may have any memory layout, where kernels take NHWC: shapes are written N, C, H, W whatever the strides. T
+timesteps, K sampling steps, G groups. What changes from call to call (key, sample_index, step) is a device tensor, so
+that a captured graph can be replayed with other values.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise import NoiseAddress, Stream, flips, normal, words_below
-from ddpm_fast.diffusion.samplers import Row
-from ddpm_fast.diffusion.schedule import TrainingTable
-
-GROUP_NORM_EPS = 1e-6
-"""The paper's code adds this to the variance; PyTorch's default is ten times more."""
+from ddpm_fast.constants import GROUP_NORM_EPS, Row, Stream, TrainingTable, drop_threshold
+from ddpm_fast.diffusion.noise import NoiseAddress, flips, normal, words_below
+from ddpm_fast.ops.cpu_group_norm import group_norm
 
 
 class Dropout(NamedTuple):
@@ -48,11 +44,11 @@ def q_sample(
     table: Tensor,
     key: Tensor,
     sample_index: Tensor,
+    *,
     flip: bool = False,
     dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
 ) -> Tensor:
-    """Diffuse images to timestep t: x_t = a*x_start + b*eps (Ho et al. 2020, Eq. 4).
+    """Diffuse images to timestep t: x_t = signal * x_start + noise * eps (Ho et al. 2020, Eq. 4).
 
     Args:
         images: [N, C, H, W] uint8 in 0..255 (mapped to [-1, 1]), or floats taken as they are.
@@ -62,19 +58,17 @@ def q_sample(
         sample_index: [N] int64 numbers of the training examples, the noise's address.
         flip: mirror each image left to right with probability 1/2.
         dtype: of the result.
-        channels_last: lay the result out as NHWC.
 
     Returns:
-        [N, C, H, W] in `dtype`.
+        [N, C, H, W] in `dtype`, laid out as NHWC, on which convolutions run faster.
     """
     address = NoiseAddress(key, sample_index)
     compute = torch.promote_types(table.dtype, torch.float32)
     row = TrainingTable(*table[t].unbind(1))
     x_start = _normalize(images, address, flip, compute)
     eps = normal(address, 0, Stream.TRAINING, (images.shape[1], images.shape[2], images.shape[3]), compute)
-    x_t = _per_image(row.a) * x_start + _per_image(row.b) * eps
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return x_t.to(dtype, memory_format=layout)
+    x_t = _per_image(row.signal) * x_start + _per_image(row.noise) * eps
+    return x_t.to(dtype, memory_format=torch.channels_last)
 
 
 def noise_mse(
@@ -84,6 +78,7 @@ def noise_mse(
     table: Tensor,
     key: Tensor,
     sample_index: Tensor,
+    *,
     flip: bool = False,
 ) -> Tensor:
     """Compare a prediction with its target, made again from the noise's address (Ho et al. 2020, Eq. 14).
@@ -93,15 +88,16 @@ def noise_mse(
         images, t, table, key, sample_index, flip: as for `q_sample`.
 
     Returns:
-        [N] weighted mean squared errors m * mean((prediction - c*eps - d*x_start)**2), in the arithmetic's dtype.
+        [N] mean squared errors weight * mean((prediction - target)**2), in the arithmetic's dtype, where the target is
+        target_eps * eps + target_x_start * x_start.
     """
     address = NoiseAddress(key, sample_index)
     compute = torch.promote_types(table.dtype, torch.float32)
     row = TrainingTable(*table[t].unbind(1))
     x_start = _normalize(images, address, flip, compute)
     eps = normal(address, 0, Stream.TRAINING, (images.shape[1], images.shape[2], images.shape[3]), compute)
-    target = _per_image(row.c) * eps + _per_image(row.d) * x_start
-    return row.m * (prediction.to(compute) - target).square().mean(dim=(1, 2, 3))
+    target = _per_image(row.target_eps) * eps + _per_image(row.target_x_start) * x_start
+    return row.weight * (prediction.to(compute) - target).square().mean(dim=(1, 2, 3))
 
 
 def group_norm_silu(
@@ -111,27 +107,22 @@ def group_norm_silu(
     groups: int,
     *,
     shift: Tensor | None = None,
-    scale_shift: Tensor | None = None,
     silu: bool = True,
     dropout: Dropout | None = None,
     eps: float = GROUP_NORM_EPS,
-    group_norm: Callable[..., Tensor] = F.group_norm,
 ) -> Tensor:
     """Normalise each group of channels (Wu and He 2018), then SiLU, with the time embedding and dropout.
 
-    y = dropout(silu(group_norm(x + shift) * weight + bias)), where a scale-shift turns the normalised value n
-    into n * (1 + scale) + shift after weight and bias (Dhariwal and Nichol 2021, "adaptive group normalisation").
+    y = dropout(silu(group_norm(x + shift) * weight + bias)).
 
     Args:
         x: [N, C, H, W] float32, bfloat16 or float16 (float64 stays float64).
         weight, bias: [C].
         groups: G, which divides C.
         shift: [N, C], added to x before its statistics are taken: the paper's time embedding.
-        scale_shift: [N, 2 * C], scale then shift.
         silu: whether to end in SiLU.
         dropout: which activations to drop after SiLU; those kept are divided by 1 - probability.
         eps: added to the variance.
-        group_norm: what normalises: PyTorch's, or what computes the same.
 
     Returns:
         [N, C, H, W] in x's dtype and layout.
@@ -146,9 +137,6 @@ def group_norm_silu(
     if shift is not None:
         h = h + shift.to(compute)[:, :, None, None]
     h = group_norm(h, groups, weight.to(compute), bias.to(compute), eps)
-    if scale_shift is not None:
-        scale, offset = scale_shift.to(compute)[:, :, None, None].chunk(2, dim=1)
-        h = h * (1 + scale) + offset
     if silu:
         h = F.silu(h)
     if dropout is not None and dropout.probability > 0:
@@ -157,11 +145,6 @@ def group_norm_silu(
         h = torch.where(dropped, 0.0, h / (1 - dropout.probability))
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return h.to(x.dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-
-
-def drop_threshold(probability: float) -> int:
-    """Return the word below which an activation is dropped: an integer, so that all devices agree exactly."""
-    return int(probability * 2**32)
 
 
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -183,16 +166,16 @@ def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) 
 
 def reverse_step(
     x: Tensor,
-    out: Tensor,
+    prediction: Tensor,
     rows: Tensor,
     step: Tensor,
     key: Tensor,
     sample_index: Tensor,
+    x0: Tensor | None = None,
+    model_input: Tensor | None = None,
     *,
     clip: bool,
     noisy: bool,
-    x0: Tensor | None = None,
-    model_input: Tensor | None = None,
 ) -> None:
     """Take one row of a sampler's table, in place (see `samplers`; Ho et al. 2020, Algorithm 2, line 4).
 
@@ -200,28 +183,29 @@ def reverse_step(
 
     Args:
         x: [N, C, H, W] float32 x_t, overwritten with x at the next row's t.
-        out: [N, C, H, W], what the U-Net returned for x.
-        rows: [K, 8], the table; columns as in `samplers.Row`.
+        prediction: [N, C, H, W], what the U-Net returned for x.
+        rows: [K, 8], the table; the columns are those of `Row`.
         step: [1] int64, the row's number 0..K-1.
         key: [2] int64 words of the seed.
         sample_index: [N] int64 numbers of the images.
-        clip: clip x0 to [-1, 1].
-        noisy: whether any row adds noise; without, none is made.
         x0: [N, C, H, W] float32, the last step's x0 (zeros at first), overwritten with this step's; needed by
             multistep samplers only.
         model_input: [N, C, H, W], overwritten with x in the dtype that the U-Net reads.
+        clip: clip x0 to [-1, 1].
+        noisy: whether any row adds noise; without, none is made.
     """
     row = Row(*rows.index_select(0, step).to(x.dtype)[0])
-    estimate = row.p * x - row.q * out.to(x.dtype)
+    prediction = prediction.to(x.dtype)
+    estimate = row.x0_from_x * x - row.x0_from_prediction * prediction
     if clip:
         estimate = estimate.clamp(-1, 1)
-    x_next = row.u * estimate + row.v * x + row.e * out.to(x.dtype)
+    x_next = row.next_from_x0 * estimate + row.next_from_x * x + row.next_from_prediction * prediction
     if x0 is not None:
-        x_next = x_next + row.w * x0
+        x_next = x_next + row.next_from_x0_prev * x0
         x0.copy_(estimate)
     if noisy:
         shape = (x.shape[1], x.shape[2], x.shape[3])
-        x_next = x_next + row.s * normal(NoiseAddress(key, sample_index), step + 1, Stream.SAMPLING, shape, x.dtype)
+        x_next = x_next + row.noise * normal(NoiseAddress(key, sample_index), step + 1, Stream.SAMPLING, shape, x.dtype)
     x.copy_(x_next)
     if model_input is not None:
         model_input.copy_(x)

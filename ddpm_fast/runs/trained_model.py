@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ddpm_fast.config import Config, LoadOptions, Precision, SamplerConfig, SamplerName, SamplingOptions, Spacing
 from ddpm_fast.diffusion.samplers import sampler_table
-from ddpm_fast.engine.execution import choose_dtype, choose_execution, choose_kernels, choose_tf32
+from ddpm_fast.engine.execution import choose_dtype, choose_execution, choose_tf32
 from ddpm_fast.engine.sampling import ImageRange, Loop, OnStep
 from ddpm_fast.engine.sampling import sample as sample_images
 from ddpm_fast.errors import InputError, require_known
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.ops import choose_ops
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.grids import Images, to_uint8
@@ -75,7 +76,7 @@ class Model:
         self.path, self.config, self.step, self.options = found.path, found.config, found.step, options
         self.device = prepare_device(options.device, options.precision)
         unet = _unet_of(found, part).to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.unet = unet.requires_grad_(False).eval().use_kernels(choose_kernels(options.kernels))
+        self.unet = unet.requires_grad_(False).eval().use(choose_ops(options.kernels, self.device))
         self.loop: Loop | None = None
         self._sampler: SamplerConfig | None = None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -109,14 +110,18 @@ def a_frozen_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks.ResBlock, "__init__", frozen)
 
 
+def replace_op(monkeypatch: pytest.MonkeyPatch, **op: Callable[..., Any]) -> None:
+    monkeypatch.setattr(ops, "REFERENCE", replace(ops.REFERENCE, **op))
+
+
 def sign_of_eps_flipped_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = reference.noise_mse
-    monkeypatch.setattr(ops, "noise_mse", lambda prediction, *rest, kernels: loss(-prediction, *rest))
+    replace_op(monkeypatch, noise_mse=lambda prediction, *rest, **options: loss(-prediction, *rest, **options))
 
 
 def sign_of_eps_flipped_in_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     step = reference.reverse_step
-    monkeypatch.setattr(ops, "reverse_step", lambda x, out, *rest, kernels, **options: step(x, -out, *rest, **options))
+    replace_op(monkeypatch, reverse_step=lambda x, out, *rest, **options: step(x, -out, *rest, **options))
 
 
 def wrong_posterior_variance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +129,7 @@ def wrong_posterior_variance(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def with_variance_for_deviation(*arguments):
         row = rows(*arguments)
-        return row._replace(s=row.s**2)
+        return row._replace(noise=row.noise**2)
 
     monkeypatch.setattr(samplers, "ddpm_rows", with_variance_for_deviation)
 
@@ -134,7 +139,7 @@ def wrong_posterior_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def with_terms_exchanged(*arguments):
         row = rows(*arguments)
-        return row._replace(u=row.v, v=row.u)
+        return row._replace(next_from_x0=row.next_from_x, next_from_x=row.next_from_x0)
 
     monkeypatch.setattr(samplers, "ddpm_rows", with_terms_exchanged)
 
@@ -146,15 +151,20 @@ def an_average_that_never_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 def off_by_one_between_table_and_t(monkeypatch: pytest.MonkeyPatch) -> None:
     q_sample = reference.q_sample
 
-    def one_late(images, t, table, *rest, kernels, **options):
+    def one_late(images, t, table, *rest, **options):
         return q_sample(images, (t + 1).clamp(max=len(table) - 1), table, *rest, **options)
 
-    monkeypatch.setattr(ops, "q_sample", one_late)
+    replace_op(monkeypatch, q_sample=one_late)
 
 
 def clipping_forgets_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     ddim = samplers.ddim_rows
-    monkeypatch.setattr(samplers, "ddim_rows", lambda *a: ddim(*a)._replace(u=ddim(*a).u * 0.99))
+
+    def shrunk(*arguments):
+        row = ddim(*arguments)
+        return row._replace(next_from_x0=row.next_from_x0 * 0.99)
+
+    monkeypatch.setattr(samplers, "ddim_rows", shrunk)
 
 
 FAULTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
@@ -162,7 +172,7 @@ FAULTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (uniform_noise, "sampling noise is N(0, 1)"),
     (noise_reused_between_pixels, "training noise is independent"),
     (noise_reused_between_samples, "sampling noise is independent"),
-    (square_root_forgotten, "a is sqrt(alphas_cumprod)"),
+    (square_root_forgotten, "signal is sqrt(alphas_cumprod)"),
     (square_root_forgotten, "Var[x_t] = 1 at every t"),
     (betas_ten_times_too_small, "the schedule ends in noise"),
     (data_left_in_0_255, "data lies in [-1, 1]"),

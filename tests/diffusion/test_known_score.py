@@ -108,16 +108,16 @@ def exact_moments(table: SamplerTable, prediction: Prediction) -> Gaussian:
         row = Row(*values)
         at = torch.cat([torch.zeros(1, D, dtype=torch.float64), one])  # the affine map, read off at 0 and the axes
         out = as_prediction(at, gaussian_eps(at, bar[int(row.t)], DATA), bar[int(row.t)], prediction)
-        x0 = row.p * at - row.q * out
-        x = row.u * x0 + row.v * at + row.e * out
+        x0 = row.x0_from_x * at - row.x0_from_prediction * out
+        x = row.next_from_x0 * x0 + row.next_from_x * at + row.next_from_prediction * out
         step = torch.cat(
             [
-                torch.cat([(x[1:] - x[0]).T, row.w * one], 1),
+                torch.cat([(x[1:] - x[0]).T, row.next_from_x0_prev * one], 1),
                 torch.cat([(x0[1:] - x0[0]).T, torch.zeros_like(one)], 1),
             ]
         )
         mean = step @ mean + torch.cat([x[0], x0[0]])
-        spread = step @ spread @ step.T + row.s**2 * torch.block_diag(one, torch.zeros_like(one))
+        spread = step @ spread @ step.T + row.noise**2 * torch.block_diag(one, torch.zeros_like(one))
     return Gaussian(mean[:D], spread[:D, :D])
 
 

@@ -55,11 +55,9 @@ def x_last() -> Tensor:
 def walk(table: SamplerTable) -> Trajectory:
     """Run a table by the reference op in float64."""
     x, x0, xs, scale = x_last(), torch.zeros(2, *SHAPE, dtype=torch.float64), [], 1.0
+    options: dict[str, Any] = {"clip": table.clip, "noisy": table.noisy}
     for k, t in enumerate(table.rows[:, 0].tolist()):
-        step = torch.tensor([k])
-        reference.reverse_step(
-            x, network(x, round(t)), table.rows, step, *ADDRESS, clip=table.clip, noisy=table.noisy, x0=x0
-        )
+        reference.reverse_step(x, network(x, round(t)), table.rows, torch.tensor([k]), *ADDRESS, x0, **options)
         xs.append(x.clone())
         scale = max(scale, x.abs().max().item(), x0.abs().max().item())
     return Trajectory(xs, scale)
@@ -112,7 +110,7 @@ def test_x0_is_recovered_exactly_from_the_true_prediction(prediction, steps):
     x_start, eps = 0.3, -1.7
     x = ab.sqrt() * x_start + (1 - ab).sqrt() * eps
     out = {"eps": eps, "x0": x_start, "v": ab.sqrt() * eps - (1 - ab).sqrt() * x_start}[prediction]
-    assert ((row.p * x - row.q * out - x_start) * ab.sqrt()).abs().max() < 1e-14
+    assert ((row.x0_from_x * x - row.x0_from_prediction * out - x_start) * ab.sqrt()).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])
@@ -120,18 +118,18 @@ def test_x0_is_recovered_exactly_from_the_true_prediction(prediction, steps):
 def test_ddpm_is_bayes_rule(schedule, steps, variance):
     """The posterior of x_t' given x_0 and x_t, as a product of two Gaussians' precisions."""
     config = DiffusionConfig(schedule=schedule, variance=variance)
-    row = [c.numpy() for c in Row(*table_of(config, SamplerConfig(steps=steps)).rows.T)]
-    ab = alphas_cumprod(config).numpy()[row[0].astype(int)]
+    row = Row(*table_of(config, SamplerConfig(steps=steps)).rows.T.numpy())
+    ab = alphas_cumprod(config).numpy()[row.t.astype(int)]
     alpha, ab_next = ab[:-1] / ab[1:], ab[1:]
     prior, likelihood = 1 / (1 - ab_next), alpha / (1 - alpha)
     spread = 1 / (prior + likelihood)
     # 1 - alpha_bar loses 1e-16 / 1e-4 of itself at t = 0; sqrt(1 - beta) 1e-16 / 1e-4 where alpha_bar ends at 1e-9.
-    np.testing.assert_allclose(row[3], [*(spread * prior * np.sqrt(ab_next)), 1], rtol=1e-10)
-    np.testing.assert_allclose(row[4], [*(spread * likelihood / np.sqrt(alpha)), 0], rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(row.next_from_x0, [*(spread * prior * np.sqrt(ab_next)), 1], rtol=1e-10)
+    np.testing.assert_allclose(row.next_from_x, [*(spread * likelihood / np.sqrt(alpha)), 0], rtol=1e-10, atol=1e-12)
     s = np.sqrt(spread if variance == "small" else 1 - alpha)
-    np.testing.assert_allclose(row[7], [*s, 0], rtol=1e-10)
-    assert not row[5].any()
-    assert not row[6].any()
+    np.testing.assert_allclose(row.noise, [*s, 0], rtol=1e-10)
+    assert not row.next_from_prediction.any()
+    assert not row.next_from_x0_prev.any()
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -145,10 +143,11 @@ def test_ddim_is_equation_12(prediction, steps, eta):
     a, b = ab.sqrt(), (1 - ab).sqrt()
     eps = {"eps": out + 0 * a, "x0": (x - a * out) / b, "v": a * out + b * x}[prediction]
     expected = ab_next.sqrt() * x0 + (1 - ab_next - sigma**2).clamp(min=0).sqrt() * eps
-    torch.testing.assert_close(row.u * x0 + row.v * x + row.e * out, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(row.s, sigma, rtol=1e-10, atol=0)
-    assert not row.w.any()
-    assert row.s[-1] == 0
+    found = row.next_from_x0 * x0 + row.next_from_x * x + row.next_from_prediction * out
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(row.noise, sigma, rtol=1e-10, atol=0)
+    assert not row.next_from_x0_prev.any()
+    assert row.noise[-1] == 0
 
 
 @pytest.mark.parametrize(("prediction", "steps"), EACH)
@@ -156,7 +155,11 @@ def test_ddim_at_eta_one_is_ddpm_with_the_small_variance(prediction, steps):
     config = DiffusionConfig(prediction=prediction, variance="small")
     ddim = Row(*table_of(config, SamplerConfig("ddim", steps, eta=1.0)).rows.T)
     ddpm = Row(*table_of(config, SamplerConfig("ddpm", steps)).rows.T)
-    for gain in (lambda r: r.u * r.p + r.v, lambda r: r.e - r.u * r.q, lambda r: r.s):
+    for gain in (
+        lambda r: r.next_from_x0 * r.x0_from_x + r.next_from_x,
+        lambda r: r.next_from_prediction - r.next_from_x0 * r.x0_from_prediction,
+        lambda r: r.noise,
+    ):
         torch.testing.assert_close(gain(ddim), gain(ddpm), rtol=1e-9, atol=1e-9)
 
 
@@ -169,11 +172,11 @@ def test_dpm_solver_is_algorithm_2(steps):
         h, sigma_ratio = lam[i + 1] - lam[i], np.sqrt((1 - ab[i + 1]) / (1 - ab[i]))
         gain = -np.sqrt(ab[i + 1]) * (np.exp(-h) - 1)
         extra = 0.0 if i == 0 else 1 / (2 * (lam[i] - lam[i - 1]) / h)
-        found = [column[i].item() for column in (row.u, row.v, row.w)]
+        found = [column[i].item() for column in (row.next_from_x0, row.next_from_x, row.next_from_x0_prev)]
         assert found == pytest.approx([gain * (1 + extra), sigma_ratio, -gain * extra], rel=1e-8)
-    assert [column[-1].item() for column in (row.u, row.v, row.w)] == [1, 0, 0]
-    assert not row.e.any()
-    assert not row.s.any()
+    assert [column[-1].item() for column in (row.next_from_x0, row.next_from_x, row.next_from_x0_prev)] == [1, 0, 0]
+    assert not row.next_from_prediction.any()
+    assert not row.noise.any()
 
 
 # ---- diffusers' schedulers over whole trajectories ------------------------------------------------------------------

@@ -79,8 +79,8 @@ def test_target_and_x_t_give_the_data_back(name, prediction):
     row = TrainingTable(*table.T)
     generator = torch.Generator().manual_seed(0)
     x_start, eps = torch.randn(2, 1000, generator=generator, dtype=torch.float64)
-    x_t = row.a * x_start + row.b * eps
-    target = row.c * eps + row.d * x_start
+    x_t = row.signal * x_start + row.noise * eps
+    target = row.target_eps * eps + row.target_x_start * x_start
     # Salimans and Ho 2022, Appendix D: v = a*eps - b*x, so x = a*x_t - b*v; Ho et al. 2020, Eq. 15 for eps.
     bar = torch.from_numpy(np.cumprod(1 - closed_form(name, 1000)))
     a, b = bar.sqrt(), (1 - bar).sqrt()
@@ -92,8 +92,8 @@ def test_target_and_x_t_give_the_data_back(name, prediction):
 def test_variance_of_x_t_is_one(name):
     config = DiffusionConfig(schedule=name)
     row = TrainingTable(*schedule.training_table(config, dtype=torch.float64).T)
-    assert (row.a**2 + row.b**2 - 1).abs().max() < 1e-15
-    assert (row.a**2 - schedule.alphas_cumprod(config)).abs().max() < 1e-15
+    assert (row.signal**2 + row.noise**2 - 1).abs().max() < 1e-15
+    assert (row.signal**2 - schedule.alphas_cumprod(config)).abs().max() < 1e-15
 
 
 def test_table_is_float32_rounded_from_float64():
@@ -107,7 +107,7 @@ def test_table_is_float32_rounded_from_float64():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_weights_are_ones_without_min_snr(prediction):
     table = schedule.training_table(DiffusionConfig(prediction=prediction))
-    assert TrainingTable(*table.T).m.eq(1).all()
+    assert TrainingTable(*table.T).weight.eq(1).all()
 
 
 @pytest.mark.parametrize("gamma", [0.5, 5.0, 1e9])
@@ -118,7 +118,7 @@ def test_min_snr_weights_are_the_papers(prediction, gamma):
     clamped = np.minimum(snr, gamma)
     expected = {"x0": clamped, "eps": clamped / snr, "v": clamped / (snr + 1)}[prediction]
     table = schedule.training_table(DiffusionConfig(prediction=prediction), gamma, torch.float64)
-    np.testing.assert_allclose(TrainingTable(*table.T).m.numpy(), expected, rtol=1e-11)
+    np.testing.assert_allclose(TrainingTable(*table.T).weight.numpy(), expected, rtol=1e-11)
 
 
 def test_min_snr_weighs_an_error_of_x_start_alike_in_every_prediction():
@@ -128,8 +128,8 @@ def test_min_snr_weighs_an_error_of_x_start_alike_in_every_prediction():
     for prediction in PREDICTIONS:
         config = DiffusionConfig(prediction=prediction)
         row = TrainingTable(*schedule.training_table(config, 5.0, torch.float64).T)
-        x_t = row.a * x_start + row.b * eps
-        implied_eps = (x_t - row.a * wrong) / row.b
-        losses.append(row.m * (row.c * (eps - implied_eps) + row.d * (x_start - wrong)) ** 2)
+        x_t = row.signal * x_start + row.noise * eps
+        implied_eps = (x_t - row.signal * wrong) / row.noise
+        losses.append(row.weight * (row.target_eps * (eps - implied_eps) + row.target_x_start * (x_start - wrong)) ** 2)
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=1e-10, atol=0)

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ddpm_fast import ops
 from ddpm_fast.checks import kernels as check_kernels
 from ddpm_fast.config import Config, DiffusionConfig, SamplerConfig, UNetConfig, with_training
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
-from ddpm_fast.engine.execution import can_compile_for_cpu
 from ddpm_fast.engine.sampling import ImageRange, Loop, sample
 from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.ops import REFERENCE, Ops, fused_ops
 from ddpm_fast.presets import PRESETS
 
 pytest.importorskip("triton")
+FUSED = fused_ops()
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (3, 4, 4)
@@ -38,9 +38,9 @@ def batch(first: int, n: int) -> tuple[Tensor, Tensor]:
     return images.permute(0, 3, 1, 2), number
 
 
-def trainer(kernels: bool) -> Trainer:
+def trainer(ops: Ops) -> Trainer:
     made = Trainer(configuration(), batch, DEVICE)
-    made.unet.use_kernels(kernels)
+    made.unet.use(ops)
     with torch.no_grad():  # not the near-zero start: every branch must matter
         generator = torch.Generator().manual_seed(0)
         for parameter in made.unet.parameters():
@@ -54,7 +54,7 @@ def test_training_takes_the_same_steps():
     Adam's first steps are the learning rate times the gradient's sign: where a gradient is all but zero, rounding
     decides; so the weights are compared in the mean.
     """
-    ours, theirs = trainer(True), trainer(False)
+    ours, theirs = trainer(FUSED), trainer(REFERENCE)
     for _ in range(2):
         before = torch.cat([p.detach().flatten() for p in theirs.unet.parameters()])
         ours.train_step_no_sync()
@@ -69,7 +69,7 @@ def test_training_takes_the_same_steps():
 def test_sampling_makes_the_same_images(sampler, steps):
     table = sampler_table(DIFFUSION, SamplerConfig(sampler, steps))
     ours, theirs = (
-        sample(Loop(trainer(kernels).unet, table), ImageRange(3, 17, 2), largest_batch=2) for kernels in (True, False)
+        sample(Loop(trainer(ops).unet, table), ImageRange(3, 17, 2), largest_batch=2) for ops in (FUSED, REFERENCE)
     )
     assert (ours - theirs).abs().max() < 1 / 255
 
@@ -77,15 +77,15 @@ def test_sampling_makes_the_same_images(sampler, steps):
 def test_dropout_falls_on_the_same_activations():
     x, t = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)).to(DEVICE), torch.tensor([3, 7])
     address = NoiseAddress(key_from_seed(5, DEVICE), torch.arange(2, device=DEVICE))
-    ours, theirs = (trainer(kernels).unet(x, t.to(DEVICE), address) for kernels in (True, False))
+    ours, theirs = (trainer(ops).unet(x, t.to(DEVICE), address) for ops in (FUSED, REFERENCE))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(ours, trainer(True).unet(x, t.to(DEVICE)), atol=1e-2)
+    assert not torch.allclose(ours, trainer(FUSED).unet(x, t.to(DEVICE)), atol=1e-2)
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_compiles_whole_and_once(kernels):
+@pytest.mark.parametrize("ops", [FUSED, REFERENCE], ids=["kernels", "reference"])
+def test_compiles_whole_and_once(ops):
     """One graph forward and backward, and none is compiled again from one step to the next."""
-    made = trainer(kernels)
+    made = trainer(ops)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(made.unet, fullgraph=True, backend=counter)
@@ -102,10 +102,10 @@ def test_compiles_whole_and_once(kernels):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_all_that_the_engine_compiles_is_one_graph(kernels):
+@pytest.mark.parametrize("ops", [FUSED, REFERENCE], ids=["kernels", "reference"])
+def test_all_that_the_engine_compiles_is_one_graph(ops):
     """The losses of a training step with their gradients, and the U-Net as the sampling loop calls it."""
-    made = trainer(kernels)
+    made = trainer(ops)
     torch._dynamo.reset()
     losses, denoise = (
         torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -122,52 +122,28 @@ def test_all_that_the_engine_compiles_is_one_graph(kernels):
         torch.testing.assert_close(denoise(x, shifts), made.unet.denoise(x, shifts), rtol=1e-5, atol=1e-5)
 
 
-def test_the_check_of_the_kernels_passes_and_finds_a_wrong_one(monkeypatch):
+def test_the_check_of_the_kernels_passes_and_finds_a_wrong_one():
     config = configuration()
-    lines = list(check_kernels.check_kernels(config, DEVICE, torch.float32))
+    lines = list(check_kernels.check_kernels(FUSED, config, DEVICE, torch.float32))
     assert [line.name for line in lines if not line.passed] == []
-    assert len(lines) == 5
-    from ddpm_fast.kernels import group_norm_silu as module
-
-    right = module.group_norm_silu
-
-    def wrong_epsilon(*arguments, eps, **options):
-        return right(*arguments, eps=1e-3, **options)
-
-    monkeypatch.setattr(module, "group_norm_silu", wrong_epsilon)
-    lines = list(check_kernels.check_kernels(config, DEVICE, torch.float32))
-    assert [line.file for line in lines if not line.passed] == ["kernels/group_norm_silu.py"]
+    assert len(lines) == 7
+    wrong = replace(FUSED, group_norm_silu=partial(FUSED.group_norm_silu, eps=1e-3))
+    lines = list(check_kernels.check_kernels(wrong, config, DEVICE, torch.float32))
+    assert [line.file for line in lines if not line.passed] == ["kernels/group_norm_silu.py"] * 2
 
 
-def test_the_table_of_the_kernels_names_every_norm_and_its_bound(monkeypatch):
-    monkeypatch.setattr(check_kernels, "_times", lambda case, copy: "")  # they compile every reference: minutes
-    rows = list(check_kernels.kernel_table(configuration(), DEVICE, torch.bfloat16))
-    assert all(within_bound for _, within_bound in rows)
+def test_every_norm_is_checked_in_both_directions():
     norms = check_kernels.norms(UNET)
-    assert len(rows) == 2 + 5 + 2 * len(norms)
-    assert sum("group_norm_silu backward" in row for row, _ in rows) == len(norms)
     assert {norm.dropout for norm in norms if norm.shift} == {0.25}
+    checked = [(case.norm, case.direction) for case in check_kernels.cases(configuration(), 2, DEVICE, torch.float32)]
+    assert all((norm, direction) in checked for norm in norms for direction in ("forward", "backward"))
 
 
-def norm_backward() -> check_kernels.Case:
-    norm = check_kernels.Norm(8, 4, 4, groups=4, silu=True, shift=False, dropout=0.0)
-    return check_kernels._norm_case(norm, "backward", 2, DEVICE, torch.float32, seed=0)
-
-
-@pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
-def test_a_compiled_backward_pass_can_be_repeated_though_the_cache_has_one_that_cannot(monkeypatch):
-    """A backward pass that is compiled to run once may reuse its tensors' memory, and lies in PyTorch's cache."""
-    case, grad = norm_backward(), torch.autograd.grad
-    own = {name: value.clone() for name, value in case.inputs.items()}
-    compiled = torch.compile(partial(ops.group_norm_silu, kernels=False), dynamic=False, fullgraph=True)
-    with monkeypatch.context() as once:
-        once.setattr(torch.autograd, "grad", lambda *given, retain_graph=False, **named: grad(*given, **named))
-        case.prepare(compiled, own)()
-    run = check_kernels._bind(case, kernels=False, compiled=True)
-    assert all(map(torch.equal, run(), run()))
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_table_has_times():
-    microseconds, _, _, eager, compiled = check_kernels._times(norm_backward(), 1000.0).split()
-    assert all(float(number) > 0 for number in (microseconds, eager, compiled))
+def test_the_table_has_a_line_for_each_op_and_direction():
+    head, *rows = check_kernels.kernel_table(FUSED, configuration(), DEVICE, torch.bfloat16)
+    assert head[0].split() == ["kernel", "worst", "at", "error", "bound"]
+    assert all(right for _, right in rows)
+    names = {row.partition("  ")[0] for row, _ in rows}
+    alone = {"q_sample", "timestep_embedding", "reverse_step"}
+    both = {f"{op} {direction}" for op in ("noise_mse", "group_norm_silu") for direction in ("forward", "backward")}
+    assert names == alone | both

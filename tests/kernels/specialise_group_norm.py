@@ -31,13 +31,14 @@ def launches(norm: Norm, images: int, dtype: torch.dtype, training: bool) -> Ite
     # A block's shifts are a slice of those of all blocks, a row an image in training, one row for all in sampling.
     shifts = empty(images if training else 1, 2 * C, dtype=dtype)[:, C:].expand(images, -1)
     shift = shifts if norm.shift else None
-    dropout = (norm.dropout, words(2), words(images), 1) if training and norm.dropout else None
-    options: dict[str, Any] = {"shift": shift, "silu": norm.silu, "dropout": dropout}
-    parameters = empty(C), empty(C), norm.groups
-    yield from record(group_norm_silu, x, *parameters, **options)
+    options: dict[str, Any] = {"groups": norm.groups, "silu": norm.silu}
+    if training and norm.dropout:
+        options |= {"key": words(2), "sample_index": words(images), "probability": norm.dropout, "layer": 1}
+    inputs = x, empty(C), empty(C), shift
+    yield from record(group_norm_silu, *inputs, **options)
     if training:
         statistics = empty(images, norm.groups), empty(images, norm.groups)
-        yield from record(group_norm_silu_backward, x, x, *statistics, *parameters, **options)
+        yield from record(group_norm_silu_backward, x, *statistics, *inputs, **options)
 
 
 PASSES = {"statistics_kernel": 2, "sums_kernel": 2}

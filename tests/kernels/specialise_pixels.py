@@ -11,6 +11,7 @@ from compile_all import CONFIGS, Launch, Specialisation, record, specialise
 from torch import Tensor
 
 from ddpm_fast.config import Config, SamplerConfig
+from ddpm_fast.constants import SAMPLER_COLUMN, TRAINING_COLUMN
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_backward
 from ddpm_fast.kernels.q_sample import q_sample
@@ -19,7 +20,7 @@ from ddpm_fast.kernels.timestep_embedding import timestep_embedding
 from ddpm_fast.presets import PRESETS
 
 SAMPLERS = (SamplerConfig("ddpm"), SamplerConfig("ddim"), SamplerConfig("dpm++"))
-BULK_LOADS = ("images_ptr", "prediction_ptr", "x_ptr", "out_ptr", "x0_ptr")
+BULK_LOADS = ("images_ptr", "prediction_ptr", "x_ptr", "x0_ptr")
 BULK_STORES = ("x_t_ptr", "grad_prediction_ptr", "x_ptr", "x0_ptr", "model_input_ptr")
 
 
@@ -41,8 +42,8 @@ def training(config: Config, dtype: torch.dtype) -> Iterator[Launch]:
     """Yield what a training step launches."""
     batch, T, flip = images(config, torch.uint8), config.diffusion.timesteps, config.data.flip
     N, prediction = len(batch), images(config, dtype)
-    lookups = words(N), empty(T, 5), words(2), words(N)
-    yield from record(q_sample, batch, *lookups, flip=flip, dtype=dtype, channels_last=True)
+    lookups = words(N), empty(T, len(TRAINING_COLUMN)), words(2), words(N)
+    yield from record(q_sample, batch, *lookups, flip=flip, dtype=dtype)
     yield from record(noise_mse, prediction, batch, *lookups, flip=flip)
     yield from record(noise_mse_backward, empty(N), prediction, batch, *lookups, flip=flip)
     yield from record(timestep_embedding, words(N), config.unet.channels)
@@ -53,7 +54,7 @@ def sampling(config: Config, sampler: SamplerConfig, dtype: torch.dtype) -> Iter
     table = sampler_table(config.diffusion, sampler)
     x, K = images(config, torch.float32), len(table.rows)
     yield from record(
-        reverse_step, x, images(config, dtype), empty(K, 8), words(1), words(2), words(len(x)),
+        reverse_step, x, images(config, dtype), empty(K, len(SAMPLER_COLUMN)), words(1), words(2), words(len(x)),
         clip=table.clip, noisy=table.noisy, x0=x if table.multistep else None,
         model_input=None if dtype == torch.float32 else images(config, dtype),
     )  # fmt: skip
@@ -80,7 +81,7 @@ def describe(launch: Launch) -> str:
     shown = [
         f"{name}={given[name]}" for name in ("C", "HW", "elements", "MIRROR", "CLIP", "NOISY", "half") if name in given
     ]
-    data = next((given[n] for n in ("x_t_ptr", "prediction_ptr", "out_ptr", "t_ptr") if n in given), None)
+    data = next((given[n] for n in ("x_t_ptr", "prediction_ptr", "t_ptr") if n in given), None)
     kind = "" if data is None else str(data.dtype).removeprefix("torch.")
     return " ".join([kind, *shown, *(["x0"] if given.get("x0_ptr") is not None else [])])
 

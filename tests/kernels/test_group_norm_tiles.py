@@ -68,10 +68,9 @@ BAD: dict[str, dict[str, Any]] = {
     "bias has strides": {"bias": torch.zeros(64)[::2]},
     "shift has shape": {"shift": torch.zeros(2, 64)},
     "shift has strides": {"shift": torch.zeros(32, 2).T},
-    "scale_shift has shape": {"scale_shift": torch.zeros(2, 32)},
-    "dropout's probability": {"dropout": (1.0, torch.zeros(2).long(), torch.zeros(2).long(), 0)},
-    "key is torch.int32": {"dropout": (0.5, torch.zeros(2).int(), torch.zeros(2).long(), 0)},
-    "sample_index has shape": {"dropout": (0.5, torch.zeros(2).long(), torch.zeros(3).long(), 0)},
+    "dropout's probability": {"probability": 1.0},
+    "key is torch.int32": {"key": torch.zeros(2).int(), "sample_index": torch.zeros(2).long()},
+    "sample_index has shape": {"key": torch.zeros(2).long(), "sample_index": torch.zeros(3).long()},
 }
 
 

@@ -64,7 +64,7 @@ def test_q_sample_and_noise_mse(device, size):
     images = batch(3, size, torch.uint8, device)
     t, table, key, index = lookups(len(images), device)
     last = (images[-1:], t[-1:], table, key, index[-1:])
-    options = {"flip": True, "dtype": torch.bfloat16, "channels_last": True}
+    options = {"flip": True, "dtype": torch.bfloat16}
     x_t = q_sample(images, t, table, key, index, **options)
     assert torch.equal(x_t[-1:], q_sample(*last, **options))
     assert torch.equal(noise_mse(x_t, images, t, table, key, index)[-1:], noise_mse(x_t[-1:], *last))
@@ -91,12 +91,13 @@ def test_group_norm_silu(device, size):
     x = batch(64, size, torch.bfloat16, device)
     weight, bias = torch.rand(64, device=device), torch.rand(64, device=device)
     index, key = torch.arange(len(x), device=device), torch.tensor([5, 7], device=device)
-    whole, alone = ((0.3, key, numbers, 2) for numbers in (index, index[-1:]))
-    y, mean, rstd = group_norm_silu(x, weight, bias, 32, dropout=whole)
-    assert torch.equal(y[-1:], group_norm_silu(x[-1:], weight, bias, 32, dropout=alone)[0])
-    dx = group_norm_silu_backward(y, x, mean, rstd, weight, bias, 32, dropout=whole)[0]
-    last = (y[-1:], x[-1:], mean[-1:], rstd[-1:], weight, bias, 32)
-    assert torch.equal(dx[-1:], group_norm_silu_backward(*last, dropout=alone)[0])
+    options = {"groups": 32, "key": key, "probability": 0.3, "layer": 2}
+    y, mean, rstd = group_norm_silu(x, weight, bias, sample_index=index, **options)
+    alone = group_norm_silu(x[-1:], weight, bias, sample_index=index[-1:], **options)
+    assert torch.equal(y[-1:], alone[0])
+    dx = group_norm_silu_backward(y, mean, rstd, x, weight, bias, sample_index=index, **options)[0]
+    last = (y[-1:], mean[-1:], rstd[-1:], x[-1:], weight, bias)
+    assert torch.equal(dx[-1:], group_norm_silu_backward(*last, sample_index=index[-1:], **options)[0])
 
 
 @pytest.mark.parametrize("dim", [1024])

@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_fast import ops
 from ddpm_fast.config import DiffusionConfig
 from ddpm_fast.diffusion.noise import key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.diffusion.schedule import training_table
+from ddpm_fast.ops import fused_ops
+from ddpm_fast.ops.reference import Dropout
 
+pytest.importorskip("triton")
+from ddpm_fast.ops.fused import NOISE_MSE_BACKWARD
+
+FUSED = fused_ops()
 pytestmark = pytest.mark.gpu
 OPS = ("q_sample", "noise_mse", "noise_mse_backward", "group_norm_silu", "timestep_embedding", "reverse_step")
 
@@ -37,27 +42,29 @@ class Call:
     def address(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.t, self.table, self.key, self.index
 
+    def three(self, first: int) -> Tensor:
+        return self.x[:, first : first + 3].contiguous(memory_format=torch.channels_last)
+
     def q_sample(self) -> Tensor:
-        return ops.q_sample(self.images, *self.address(), flip=True, dtype=torch.bfloat16, channels_last=True)
+        return FUSED.q_sample(self.images, *self.address(), flip=True, dtype=torch.bfloat16)
 
     def noise_mse(self) -> Tensor:
-        return ops.noise_mse(self.x[:, :3].contiguous(), self.images, *self.address())
+        return FUSED.noise_mse(self.three(0), self.images, *self.address())
 
     def noise_mse_backward(self) -> Tensor:
-        prediction = self.x[:, :3].contiguous()
-        return ops._noise_mse_backward(torch.ones(4, device="cuda"), prediction, self.images, *self.address(), False)
+        return NOISE_MSE_BACKWARD(torch.ones(4, device="cuda"), self.three(0), self.images, *self.address())
 
     def group_norm_silu(self) -> Tensor:
-        dropout = ops.Dropout(0.5, self.key, self.index, 1)
+        dropout = Dropout(0.5, self.key, self.index, 1)
         weight, bias = torch.ones(32, device="cuda"), torch.zeros(32, device="cuda")
-        return ops.group_norm_silu(self.x, weight, bias, 8, dropout=dropout)
+        return FUSED.group_norm_silu(self.x, weight, bias, 8, dropout=dropout)
 
     def timestep_embedding(self) -> Tensor:
-        return ops.timestep_embedding(self.t, 64)
+        return FUSED.timestep_embedding(self.t, 64)
 
     def reverse_step(self) -> Tensor:
-        x, out = self.x[:, :3].contiguous(), self.x[:, 3:6].contiguous()
-        ops.reverse_step(x, out, self.rows, self.step, self.key, self.index, clip=True, noisy=True)
+        x, prediction = self.three(0), self.three(3)
+        FUSED.reverse_step(x, prediction, self.rows, self.step, self.key, self.index, clip=True, noisy=True)
         return x
 
 

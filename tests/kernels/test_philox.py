@@ -90,8 +90,3 @@ def test_normals_at_the_ends_of_the_range_and_at_every_quarter_turn(device):
     z = torch.full(words.shape, torch.nan, device=device)
     box_muller_kernel[(1,)](z, words, words.shape[1], BLOCK=512)
     assert_normals(z, words[0], words[1])
-
-
-def test_streams_are_those_of_the_reference():
-    for stream in noise.Stream:
-        assert getattr(philox, stream.name).value == stream.value

@@ -1,5 +1,6 @@
-"""The registered ops: sound for PyTorch's own checks, equal to the reference, and chosen as asked."""
+"""The registered ops: sound for PyTorch's own checks, equal to plain PyTorch, and chosen as asked."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,15 +13,18 @@ from torch import Tensor
 from torch.library import opcheck
 
 from ddpm_fast import ops
-from ddpm_fast.config import DiffusionConfig
-from ddpm_fast.diffusion.noise import key_from_seed
+from ddpm_fast.config import DiffusionConfig, UNetConfig
+from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.diffusion.schedule import training_table
-from ddpm_fast.ops import reference
+from ddpm_fast.model.unet import UNet
+from ddpm_fast.ops import REFERENCE, choose_ops, fused_ops, reference
 
 pytest.importorskip("triton")
+from ddpm_fast.ops import fused
 
 ROOT = Path(__file__).parents[2]
+FUSED = fused_ops()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -34,117 +38,129 @@ def address(images: int) -> tuple[Tensor, Tensor]:
     return key_from_seed(2**40 + 3, DEVICE), 2**31 + torch.arange(images, device=DEVICE)
 
 
-def training(channels: int, last: bool) -> tuple[Tensor, ...]:
+def training(channels: int) -> tuple[Tensor, ...]:
     pixels = torch.arange(2 * channels * 16, device=DEVICE).to(torch.uint8).view(2, channels, 4, 4)
-    layout = torch.channels_last if last else torch.contiguous_format
     t = torch.tensor([3, 500], device=DEVICE)
     table = training_table(DiffusionConfig(prediction="v")).to(DEVICE)
-    return pixels.contiguous(memory_format=layout), t, table, *address(2)
+    return pixels.contiguous(memory_format=torch.channels_last), t, table, *address(2)
 
 
-def norm(shift: bool, scale_shift: bool, dropout: bool) -> dict[str, Any]:
+def norm(shift: bool, dropout: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
 
     arguments: dict[str, Any] = {"x": maps(2, 8, 4, 4).requires_grad_(), "weight": leaf(8), "bias": leaf(8)}
-    arguments |= {"shift": leaf(2, 8) if shift else None, "scale_shift": leaf(2, 16) if scale_shift else None}
-    return arguments | {"dropout": ops.Dropout(0.3, *address(2), 2) if dropout else None, "groups": 4}
+    arguments["shift"] = leaf(2, 8) if shift else None
+    return arguments | {"dropout": reference.Dropout(0.3, *address(2), 2) if dropout else None, "groups": 4}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("last", [False, True])
-def test_registration_of_the_ops_on_images(channels: int, last: bool) -> None:
-    arguments = training(channels, last)
-    assert set(opcheck(ops._q_sample, (*arguments, True, torch.float32, last), test_utils=ALL).values()) == {"SUCCESS"}
-    prediction = maps(2, channels, 4, 4, last=last).requires_grad_()
-    opcheck(ops._noise_mse, (prediction, *arguments, True), test_utils=ALL)
+def test_registration_of_the_ops_on_images(channels: int) -> None:
+    arguments = training(channels)
+    found = opcheck(fused.Q_SAMPLE, arguments, {"flip": True, "dtype": torch.bfloat16}, test_utils=ALL)
+    assert set(found.values()) == {"SUCCESS"}
+    prediction = maps(2, channels, 4, 4).requires_grad_()
+    opcheck(fused.NOISE_MSE, (prediction, *arguments), {"flip": True}, test_utils=ALL)
     gradient = torch.ones(2, device=DEVICE)
-    opcheck(ops._noise_mse_backward, (gradient, prediction.detach(), *arguments, True), test_utils=ALL)
+    opcheck(fused.NOISE_MSE_BACKWARD, (gradient, prediction.detach(), *arguments), {"flip": True}, test_utils=ALL)
     rows, step = sampler_table(DiffusionConfig()).rows.float().to(DEVICE), torch.tensor([5], device=DEVICE)
-    x, out, x0, model_input = (maps(2, channels, 4, 4, last=last) for _ in range(4))
+    x, out, x0, model_input = (maps(2, channels, 4, 4) for _ in range(4))
     options = {"clip": True, "noisy": True}
-    for extra in ((None, None), (x0, model_input)):
-        opcheck(ops._reverse_step, (x, out, rows, step, *address(2), *extra), options, test_utils=ALL)
+    for extra in ((), (x0, model_input)):
+        opcheck(fused.REVERSE_STEP, (x, out, rows, step, *address(2), *extra), options, test_utils=ALL)
 
 
 def test_registration_of_timestep_embedding() -> None:
-    opcheck(ops._timestep_embedding, (torch.tensor([3, 5], device=DEVICE), 8, torch.float32), test_utils=ALL)
+    opcheck(fused.TIMESTEP_EMBEDDING, (torch.tensor([3, 5], device=DEVICE), 8, torch.float32), test_utils=ALL)
 
 
-@pytest.mark.parametrize(("shift", "scale_shift", "dropout"), [(False,) * 3, (True,) * 3, (True, False, True)])
-def test_registration_of_group_norm_silu(shift: bool, scale_shift: bool, dropout: bool) -> None:
-    given = norm(shift, scale_shift, dropout)
-    inputs = [given[name] for name in ("x", "weight", "bias", "shift", "scale_shift")]
+@pytest.mark.parametrize(("shift", "dropout"), [(False, False), (True, True)])
+def test_registration_of_group_norm_silu(shift: bool, dropout: bool) -> None:
+    given = norm(shift, dropout)
+    inputs = [given[name] for name in ("x", "weight", "bias", "shift")]
     probability, key, sample_index, layer = given["dropout"] or (0.0, None, None, 0)
-    options = (4, True, probability, layer)
-    opcheck(ops._group_norm_silu, (*inputs, key, sample_index, *options, 1e-6), test_utils=ALL)
+    options = {"groups": 4, "probability": probability, "layer": layer}
+    opcheck(fused.GROUP_NORM_SILU, (*inputs, key, sample_index), options, test_utils=ALL)
     statistics = (torch.rand(2, 4, device=DEVICE) for _ in range(2))
     plain = [None if value is None else value.detach() for value in inputs]
-    arguments = (maps(2, 8, 4, 4), *statistics, *plain, key, sample_index, *options)
-    opcheck(ops._group_norm_silu_backward, arguments, test_utils=ALL)
+    arguments = (maps(2, 8, 4, 4), *statistics, *plain, key, sample_index)
+    opcheck(fused.GROUP_NORM_SILU_BACKWARD, arguments, options, test_utils=ALL)
 
 
-@pytest.mark.parametrize(("shift", "scale_shift", "dropout"), [(False,) * 3, (True,) * 3])
-def test_gradients_reach_every_input_of_group_norm_silu(shift: bool, scale_shift: bool, dropout: bool) -> None:
-    given = norm(shift, scale_shift, dropout)
+@pytest.mark.parametrize(("shift", "dropout"), [(False, False), (True, True)])
+def test_gradients_reach_every_input_of_group_norm_silu(shift: bool, dropout: bool) -> None:
+    given = norm(shift, dropout)
     leaves = [value for value in given.values() if isinstance(value, Tensor)]
     towards = maps(2, 8, 4, 4, last=False)  # a gradient may come back in any layout
-    ours, theirs = (
-        torch.autograd.grad(ops.group_norm_silu(**given, kernels=kernels), leaves, towards) for kernels in (True, False)
-    )
+    ours, theirs = (torch.autograd.grad(form.group_norm_silu(**given), leaves, towards) for form in (FUSED, REFERENCE))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_of_the_mean_loss() -> None:
     """Its gradient by each image's loss is one number, expanded: not contiguous."""
-    prediction = maps(2, 3, 4, 4).requires_grad_()
-    pixels, t, table, key, sample_index = training(3, True)
+    prediction, example = maps(2, 3, 4, 4).requires_grad_(), training(3)
     ours, theirs = (
-        torch.autograd.grad(
-            ops.noise_mse(prediction, pixels, t, table, key, sample_index, kernels=kernels).mean(), prediction
-        )[0]
-        for kernels in (True, False)
+        torch.autograd.grad(form.noise_mse(prediction, *example).mean(), prediction)[0] for form in (FUSED, REFERENCE)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kernels", [None, False])
-def test_a_cpu_runs_plain_pytorch_by_default_and_no_kernels_everywhere(kernels, monkeypatch):
-    def refuse(*arguments, **options):
-        raise AssertionError("a kernel was run")
+def test_a_gpu_runs_kernels_unless_told_otherwise_and_a_cpu_plain_pytorch(monkeypatch):
+    assert choose_ops(True, torch.device("cuda")) is FUSED
+    assert choose_ops(False, torch.device("cuda")) is REFERENCE
+    assert choose_ops(True, torch.device("cpu")) is REFERENCE
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    assert choose_ops(True, torch.device("cuda")) is REFERENCE
 
-    for name in ("q_sample", "noise_mse", "group_norm_silu", "timestep_embedding", "reverse_step"):
-        monkeypatch.setattr(ops, f"_{name}", refuse)
-    x = maps(2, 8, 4, 4).cpu()
-    ops.group_norm_silu(x, torch.ones(8), torch.zeros(8), 4, kernels=kernels)
-    ops.timestep_embedding(torch.tensor([1]), 8, kernels=kernels)
-    pixels, t, table, key, sample_index = (value.cpu() for value in training(3, True))
-    ops.q_sample(pixels, t, table, key, sample_index, kernels=kernels)
-    ops.noise_mse(maps(2, 3, 4, 4).cpu(), pixels, t, table, key, sample_index, kernels=kernels)
-    rows, step = sampler_table(DiffusionConfig()).rows.float(), torch.tensor([5])
-    ops.reverse_step(x, x.clone(), rows, step, key, sample_index, clip=True, noisy=True, kernels=kernels)
+
+def test_a_unet_hands_its_ops_to_every_norm_and_to_its_copies():
+    unet = UNet(UNetConfig(3, 4, 4, 8, (1, 2), 1, (2,), groups=4))
+    assert unet.ops is REFERENCE
+    for network in (unet.use(FUSED), copy.deepcopy(unet)):
+        assert network.ops is FUSED
+        assert {module.ops for module in network.modules() if hasattr(module, "ops")} == {FUSED}
+
+
+def test_a_unet_with_kernels_is_exported_with_gradients_and_dropout():
+    unet = UNet(UNetConfig(3, 4, 4, 8, (1, 2), 1, (2,), dropout=0.25, groups=4)).use(FUSED).to(DEVICE)
+    unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    inputs = maps(2, 3, 4, 4), torch.tensor([3, 5], device=DEVICE), NoiseAddress(*address(2))
+    exported = torch.export.export(unet, inputs)
+    called = {str(node.target) for node in exported.graph.nodes if "ddpm_fast" in str(node.target)}
+    assert called == {"ddpm_fast.group_norm_silu.default", "ddpm_fast.timestep_embedding.default"}
+    torch.testing.assert_close(exported.module()(*inputs), unet(*inputs))
 
 
 def test_a_layout_that_the_kernel_cannot_take_is_named():
     x = maps(2, 8, 4, 4, last=False)
     with pytest.raises(ValueError, match="x has strides"):
-        ops.group_norm_silu(x, torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 4, kernels=True)
+        FUSED.group_norm_silu(x, torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 4)
+
+
+def in_a_new_process(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 def test_kernels_asked_for_on_a_cpu_without_the_interpreter_are_refused():
-    code = "import torch; from ddpm_fast import ops; ops.timestep_embedding(torch.tensor([1]), 8, kernels=True)"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = in_a_new_process(
+        "import torch; from ddpm_fast.ops import fused_ops; fused_ops().timestep_embedding(torch.tensor([1]), 8)"
+    )
     assert "ValueError: t is on cpu" in done.stderr
 
 
+def test_triton_is_imported_only_with_the_kernels():
+    done = in_a_new_process("import sys, ddpm_fast.engine.sampling; print('triton' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_the_kernel_is_the_one_that_ran():
-    """The two ways differ in the last bits of an angle: the kernel takes it in float64."""
+    """The two forms differ in the last bits of an angle: the kernel takes it in float64."""
     t = torch.arange(900, 1000, device=DEVICE)
-    ours, theirs = (ops.timestep_embedding(t, 64, kernels=kernels) for kernels in (True, False))
+    ours, theirs = (form.timestep_embedding(t, 64) for form in (FUSED, REFERENCE))
     assert not torch.equal(ours, theirs)
     torch.testing.assert_close(ours, reference.timestep_embedding(t, 64, torch.float64).float(), rtol=0, atol=2e-7)

@@ -1,0 +1,59 @@
+"""What plain PyTorch and the Triton kernels must agree on, stated once. Both import it; it imports neither."""
+
+from enum import IntEnum
+from typing import Generic, NamedTuple, TypeVar
+
+Value = TypeVar("Value")
+
+
+class Stream(IntEnum):
+    """What a random number is for: the low byte of the last word of Philox's counter (see `diffusion.noise`)."""
+
+    TRAINING = 0
+    SAMPLING = 1
+    TIMESTEP = 2
+    FLIP = 3
+    DATA_ORDER = 4
+    DROPOUT = 5
+
+
+CHANNEL_STEP = 256
+"""The counter's last word is stream + CHANNEL_STEP * (channel // 4)."""
+
+
+class Row(NamedTuple, Generic[Value]):
+    """The columns of a sampler's table: the coefficients of the reverse step at the top of `diffusion.samplers`."""
+
+    t: Value  # the timestep that the U-Net is told
+    x0_from_x: Value
+    x0_from_prediction: Value
+    next_from_x0: Value
+    next_from_x: Value
+    next_from_prediction: Value
+    next_from_x0_prev: Value
+    noise: Value
+
+
+class TrainingTable(NamedTuple, Generic[Value]):
+    """The columns of the training table.
+
+    x_t = signal * x_start + noise * eps, and the target is target_eps * eps + target_x_start * x_start.
+    """
+
+    signal: Value
+    noise: Value
+    target_eps: Value
+    target_x_start: Value
+    weight: Value  # of the example's squared error
+
+
+SAMPLER_COLUMN = Row(*range(len(Row._fields)))
+TRAINING_COLUMN = TrainingTable(*range(len(TrainingTable._fields)))
+
+GROUP_NORM_EPS = 1e-6
+"""The paper's code adds this to the variance; PyTorch's default is ten times more."""
+
+
+def drop_threshold(probability: float) -> int:
+    """Return the random word below which dropout drops: an integer, so that all devices agree exactly."""
+    return int(probability * 2**32)
