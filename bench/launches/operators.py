@@ -8,6 +8,7 @@ note the bytes that they move: each input and each output once.
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 from unittest import mock
 
@@ -146,6 +147,7 @@ def _implementations() -> dict[str, Callable[..., Any]]:
 def _noting(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return the function, which also notes the bytes that it reads and writes."""
 
+    @wraps(function)  # from whose annotations a registered launcher gets its schema
     def call(*arguments: Any, **options: Any) -> Any:
         result = function(*arguments, **options)
         written = arguments[: WRITTEN.get(name, 0)]

@@ -165,5 +165,6 @@ def _distance_with_true_prediction(
         eps = (x.double() - ab.sqrt() * x_start) / (1 - ab).sqrt()
         prediction = closed_form_target(diffusion, t, x_start.double(), eps)
         step = torch.full((1,), k, dtype=torch.int64, device=device)
-        ops.reverse_step(x, prediction, rows, step, key, sample_index, x0, clip=table.clip, noisy=table.noisy)
+        options = {"clip": table.clip, "noisy": table.noisy}
+        ops.reverse_step(x, prediction, rows, step, key, sample_index, x0=x0, **options)
     return float((x - x_start).abs().max())

@@ -97,14 +97,19 @@ def _differentiate_group_norm_silu(ctx: Any, dy: Tensor, *statistics: Tensor) ->
 GROUP_NORM_SILU.register_autograd(_differentiate_group_norm_silu, setup_context=_save_group_norm_silu)
 
 
-def group_norm_silu(
+def _group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, dropout: Dropout | None = None, **options: Any
 ) -> Tensor:
-    """Hand dropout to the kernel part by part, since a schema has no named tuples, and keep y alone."""
+    # Dropout goes in part by part, since a schema has no named tuples, and y alone comes out.
     probability, key, sample_index, layer = dropout or (0.0, None, None, 0)
     options |= {"key": key, "sample_index": sample_index, "probability": probability, "layer": layer}
     y, _, _ = GROUP_NORM_SILU(x, weight, bias, groups=groups, **options)
     return y
+
+
+def _reverse_step(*given: Tensor, x0: Tensor | None = None, model_input: Tensor | None = None, **named: Any) -> None:
+    # Not defaults of the kernel's own: PyTorch 2.11 fails on a mutated argument that is left at its default.
+    REVERSE_STEP(*given, x0=x0, model_input=model_input, **named)
 
 
 TIMESTEP_EMBEDDING.register_fake(lambda t, dim, dtype=torch.float32: t.new_empty(len(t), dim, dtype=dtype))
@@ -113,8 +118,8 @@ REVERSE_STEP.register_fake(lambda *arguments, **options: None)
 FUNCTIONS = {
     "q_sample": Q_SAMPLE,
     "noise_mse": NOISE_MSE,
-    "group_norm_silu": group_norm_silu,
+    "group_norm_silu": _group_norm_silu,
     "timestep_embedding": TIMESTEP_EMBEDDING,
-    "reverse_step": REVERSE_STEP,
+    "reverse_step": _reverse_step,
 }
 """The five ops by their names in `ddpm_fast.ops.Ops`."""

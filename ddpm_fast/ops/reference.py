@@ -171,9 +171,9 @@ def reverse_step(
     step: Tensor,
     key: Tensor,
     sample_index: Tensor,
+    *,
     x0: Tensor | None = None,
     model_input: Tensor | None = None,
-    *,
     clip: bool,
     noisy: bool,
 ) -> None:

@@ -55,9 +55,9 @@ def x_last() -> Tensor:
 def walk(table: SamplerTable) -> Trajectory:
     """Run a table by the reference op in float64."""
     x, x0, xs, scale = x_last(), torch.zeros(2, *SHAPE, dtype=torch.float64), [], 1.0
-    options: dict[str, Any] = {"clip": table.clip, "noisy": table.noisy}
+    options = {"x0": x0, "clip": table.clip, "noisy": table.noisy}
     for k, t in enumerate(table.rows[:, 0].tolist()):
-        reference.reverse_step(x, network(x, round(t)), table.rows, torch.tensor([k]), *ADDRESS, x0, **options)
+        reference.reverse_step(x, network(x, round(t)), table.rows, torch.tensor([k]), *ADDRESS, **options)
         xs.append(x.clone())
         scale = max(scale, x.abs().max().item(), x0.abs().max().item())
     return Trajectory(xs, scale)

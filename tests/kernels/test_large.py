@@ -80,8 +80,8 @@ def test_reverse_step(device, size):
     key, index = torch.tensor([5, 7], device=device), torch.arange(len(x), device=device)
     step = torch.tensor([4], device=device)
     last = x[-1:].clone(memory_format=torch.channels_last)
-    reverse_step(x, out, rows, step, key, index, clip=True, noisy=True)
-    reverse_step(last, out[-1:], rows, step, key, index[-1:], clip=True, noisy=True)
+    reverse_step(x, out, rows, step, key, index, None, None, clip=True, noisy=True)
+    reverse_step(last, out[-1:], rows, step, key, index[-1:], None, None, clip=True, noisy=True)
     assert torch.equal(x[-1:], last)
 
 

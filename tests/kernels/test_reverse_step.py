@@ -1,5 +1,7 @@
 """kernels/reverse_step.py against the float64 reference."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from ddpm_fast.ops import reference
 
 pytest.importorskip("triton")
 from ddpm_fast.kernels.reverse_step import reverse_step
+
+ALONE: dict[str, Any] = {"x0": None, "model_input": None, "clip": True, "noisy": True}
 
 
 def table(device):
@@ -53,8 +57,8 @@ def compare(shape, device, assert_within, noise_and_error, *, step, clip=True, n
     rows, at = table(device), torch.tensor([step], device=device)
 
     def run(op, x, rows, x0, model_input):
-        outputs = (x0 if multistep else None, model_input)
-        op(x, prediction, rows, at, key, index, *outputs, clip=clip, noisy=noisy)
+        outputs = {"x0": x0 if multistep else None, "model_input": model_input}
+        op(x, prediction, rows, at, key, index, **outputs, clip=clip, noisy=noisy)
         return (x, x0, model_input) if multistep else (x, model_input)
 
     poisoned = torch.full_like(prediction, torch.nan)
@@ -93,18 +97,14 @@ def test_any_shape(draw, device, assert_within, noise_and_error):
 @pytest.mark.parametrize("step", [-1, 1000])
 def test_a_step_outside_the_table_gives_nan(step, device):
     x, prediction, _, key, index = make((2, 3, 4, 4), device)
-    reverse_step(
-        x, prediction, table(device).float(), torch.tensor([step], device=device), key, index, clip=True, noisy=True
-    )
+    reverse_step(x, prediction, table(device).float(), torch.tensor([step], device=device), key, index, **ALONE)
     assert x.isnan().all()
 
 
 def test_a_nan_is_not_clipped_away(device):
     x, prediction, _, key, index = make((1, 3, 4, 4), device)
     prediction[0, 1, 2, 3] = torch.nan
-    reverse_step(
-        x, prediction, table(device).float(), torch.tensor([5], device=device), key, index, clip=True, noisy=True
-    )
+    reverse_step(x, prediction, table(device).float(), torch.tensor([5], device=device), key, index, **ALONE)
     assert x.isnan().nonzero().tolist() == [[0, 1, 2, 3]]
 
 
@@ -138,4 +138,4 @@ def test_bad_input_is_named(message, device):
     }
     wrong = {name: value.to(device) for name, value in BAD[message].items()}
     with pytest.raises(ValueError, match=message):
-        reverse_step(**{**good, **wrong}, clip=True, noisy=True)
+        reverse_step(**{**ALONE, **good, **wrong})

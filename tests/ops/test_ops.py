@@ -68,7 +68,7 @@ def test_registration_of_the_ops_on_images(channels: int) -> None:
     rows, step = sampler_table(DiffusionConfig()).rows.float().to(DEVICE), torch.tensor([5], device=DEVICE)
     x, out, x0, model_input = (maps(2, channels, 4, 4) for _ in range(4))
     options = {"clip": True, "noisy": True}
-    for extra in ((), (x0, model_input)):
+    for extra in ((None, None), (x0, model_input)):
         opcheck(fused.REVERSE_STEP, (x, out, rows, step, *address(2), *extra), options, test_utils=ALL)
 
 
