@@ -73,7 +73,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def set_tf32(precision: str) -> None:
-    """Allow or forbid TF32 for float32 products and convolutions; by default PyTorch allows it for convolutions only."""
+    """Allow or forbid TF32 for float32 products and convolutions; PyTorch's default allows it for the latter only."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
