@@ -1,5 +1,5 @@
 # make demo: train on handwritten digits and sample new ones.   make test: lint, types, tests.   make bench: speed.
-# make test-oldest: the tests on the oldest supported versions.   make test-gpu: those that a GPU is tested with.
+# make test-slow: the slow tests.   make test-oldest: the tests on the oldest supported versions.   make test-gpu: those that a GPU is tested with.
 # PIP_OPTIONS is handed to pip, e.g. PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ PIP_OPTIONS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_OPTIONS)
 
-.PHONY: demo test test-oldest test-gpu bench clean
+.PHONY: demo test test-slow test-oldest test-gpu bench clean
 
 demo: .venv/installed
 	@out=runs/demo; n=2; while [ -e $$out ]; do out=runs/demo-$$n; n=$$((n + 1)); done; \
@@ -19,7 +19,11 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --cov --cov-report=term
+
+# What is slow by nature: whole compilations, every kernel for every architecture, commands from end to end.
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # All that needs no GPU, on the oldest PyTorch, Triton and NumPy that are supported. PyPI's build for CUDA, which needs no
 # GPU to run either: some gigabytes.

@@ -253,6 +253,7 @@ def test_sampling_with_kernels_is_the_textbooks(name):
     assert_samples_as_the_textbook(sampling("v", True), replace(SAMPLERS[name], steps=steps), kernels=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
 def test_compiled_sampling_is_the_textbooks():
     sampler, compiled = replace(SAMPLERS["dpm++"], steps=50), Execution(compiled=True)

@@ -266,12 +266,12 @@ class Run:
         unet = self.config.unet
         count = 64 if unet.height * unet.width <= 64 * 64 else 16
         sampler = replace(GRID_SAMPLER, steps=min(GRID_SAMPLER.steps, self.config.diffusion.timesteps))
-        with self.trainer.ema_weights() as unet:
+        with self.trainer.ema_weights() as averaged:
             if self.loop is None:  # kept, so that it is compiled and captured once
                 table = sampler_table(self.config.diffusion, sampler)
-                self.loop = SamplingLoop(unet, table, self.trainer.dtype, self.trainer.execution)
+                self.loop = SamplingLoop(averaged, table, self.trainer.dtype, self.trainer.execution)
             else:
-                self.loop.load_weights(unet)
+                self.loop.load_weights(averaged)
         samples = sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.progress)
         directory = self.directory / "samples"
         with writing(directory):

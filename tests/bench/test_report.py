@@ -76,6 +76,7 @@ def measure(folder: Path, planned: list[Measurement], seconds: float = 60.0) -> 
     return written
 
 
+@pytest.mark.slow
 def test_the_whole_command_measures_and_writes_a_page(tmp_path):
     assert report.main(["--minutes", "20", "--out", str(tmp_path), *TRIAL]) == 0
     written = json.loads((tmp_path / "report.json").read_text())
@@ -98,6 +99,7 @@ def test_the_whole_command_measures_and_writes_a_page(tmp_path):
     assert all(name.replace(".", "").replace("_", "").replace("-", "").isalnum() for name in names)
 
 
+@pytest.mark.slow
 def test_a_second_run_keeps_what_is_there_and_measures_the_rest(tmp_path, monkeypatch):
     out = ["--out", str(tmp_path), *TRIAL]
     report.main([*out, "--only", "training"])
@@ -272,6 +274,7 @@ def test_the_headline_tells_whole_images_and_the_peers_ratios():
     assert page._headline({"measurements": {}}) == []
 
 
+@pytest.mark.slow
 def test_the_first_step_is_timed_in_processes_of_its_own():
     found = first_step.time_first_step("sample", "digits", 1)
     assert 0 < found["warm_step_seconds"] < found["warm_seconds"] < 120

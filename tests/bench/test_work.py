@@ -198,6 +198,7 @@ def test_a_peer_that_cannot_run_says_why_and_the_others_go_on():
         compare({OURS: missing}, clock_for(CPU), 0.02, calls)
 
 
+@pytest.mark.slow
 def test_benchmarks_run_and_say_what_a_time_means(tmp_path):
     json_path = tmp_path / "out.json"
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-k", "test_op and timestep"]

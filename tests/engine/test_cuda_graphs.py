@@ -174,6 +174,7 @@ def test_no_two_parameters_share_a_gradient():
     assert len({gradient.data_ptr() for gradient in gradients(trainer)}) == len(trainer.parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
 def test_compiled_training_takes_the_eager_steps_and_can_be_cached():
     counters.clear()

@@ -65,6 +65,7 @@ def page_faults(how: str, **variables: str) -> int:
     return int(result.stdout)
 
 
+@pytest.mark.slow
 def test_memory_that_a_training_step_freed_is_kept_for_the_next_step():
     kept, left, users = page_faults("keep"), page_faults("leave"), page_faults("keep", MALLOC_TRIM_THRESHOLD_="131072")
     assert 5 * kept < left

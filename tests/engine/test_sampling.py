@@ -38,6 +38,7 @@ def test_an_image_is_the_same_at_any_batch_size_and_start(unet, name, steps):
     assert not torch.equal(made, sample(loop(unet, name, steps), ImageRange(4, 0, 10), 10))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
 @pytest.mark.parametrize("name", ["ddpm", "dpm++"])
 def test_the_compiled_loop_makes_the_eager_loops_images(unet, name):

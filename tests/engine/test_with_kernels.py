@@ -83,6 +83,7 @@ def test_dropout_falls_on_the_same_activations():
     assert not torch.allclose(ours, trainer(FUSED).unet(x, t.to(DEVICE)), atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", [FUSED, REFERENCE], ids=["kernels", "reference"])
 def test_compiles_whole_and_once(ops):
     """One graph forward and backward, and none is compiled again from one step to the next."""
@@ -103,7 +104,9 @@ def test_compiles_whole_and_once(ops):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("ops", [FUSED, REFERENCE], ids=["kernels", "reference"])
+@pytest.mark.parametrize(
+    "ops", [pytest.param(FUSED, id="kernels"), pytest.param(REFERENCE, id="reference", marks=pytest.mark.slow)]
+)
 def test_all_that_the_engine_compiles_is_one_graph(ops):
     """The losses of a training step with their gradients, and the U-Net as the sampling loop calls it."""
     made = trainer(ops)

@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -134,7 +134,7 @@ def specialise(launch: Launch, name: str, bulk_load_bytes: int = 0, bulk_store_b
 
 
 def widths(ptx: str, instruction: str) -> dict[int, int]:
-    """Count a PTX's global loads ("ld") or stores ("st") by bytes a thread."""
+    """Count a PTX's global loads ("ld") or stores ("st") by bytes per thread."""
     found: dict[int, int] = {}
     for vector, bits in re.findall(rf"\b{instruction}\.global(?:\.[\w:]*?)*?(?:\.v(\d))?\.[busf](\d+)\b", ptx):
         size = int(vector or 1) * int(bits) // 8
@@ -184,6 +184,16 @@ def collect(only: Collection[str] = ()) -> list[Specialisation]:
     return [wanted for wanted in found if not only or wanted.op in only]
 
 
+def one_per_architecture(found: list[Specialisation], architectures: Sequence[int]) -> list[tuple[Specialisation, int]]:
+    """Choose one specialisation per kernel and architecture, evenly spread over the kernel's own."""
+    chosen = []
+    for kernel in dict.fromkeys(wanted.kernel for wanted in found):
+        own = [wanted for wanted in found if wanted.kernel == kernel]
+        for place, architecture in enumerate(architectures):
+            chosen.append((own[(len(own) - 1) * place // max(1, len(architectures) - 1)], architecture))
+    return chosen
+
+
 _jobs: list[tuple[Specialisation, int]] = []
 
 
@@ -191,9 +201,10 @@ def _compile_job(place: int) -> Compiled:
     return compile_one(*_jobs[place])
 
 
-def compile_all(only: Collection[str], architectures: Iterable[int], processes: int) -> list[Compiled]:
-    """Compile everything; workers inherit the jobs and are sent numbers, as jitted functions do not pickle."""
-    _jobs[:] = product(collect(only), architectures)
+def compile_all(only: Collection[str], architectures: Sequence[int], processes: int, few: bool) -> list[Compiled]:
+    """Compile all, or a few; workers inherit the jobs and are sent numbers, as jitted functions do not pickle."""
+    found = collect(only)
+    _jobs[:] = one_per_architecture(found, architectures) if few else product(found, architectures)
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.disable_line_info = True  # it changes no instruction, and costs a sixth of the time
     with (
@@ -251,7 +262,7 @@ Made by `python tests/kernels/compile_all.py --write profiles/kernels-compiled.m
 the ptxas of its wheel; no GPU was used. Every launch that the presets make, in float32 and bfloat16, each once.
 
 {summary(rows)}
-Registers a thread by architecture; loads and stores of global memory as count x bytes a thread.
+Registers per thread by architecture; loads and stores of global memory as count x bytes per thread.
 
 {details(rows)}"""
 
@@ -261,10 +272,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="ops, by the names of their files")
     parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--few", action="store_true", help="one launch per kernel and architecture")
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of tables")
     parser.add_argument("--write", type=Path, help="also write the tables to this file")
     arguments = parser.parse_args()
-    rows = compile_all(arguments.only, arguments.sm, arguments.processes)
+    rows = compile_all(arguments.only, arguments.sm, arguments.processes, arguments.few)
     print(json.dumps([dataclasses.asdict(row) for row in rows]) if arguments.json else report(rows))
     if arguments.write:
         arguments.write.write_text(report(rows))

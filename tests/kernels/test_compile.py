@@ -27,22 +27,34 @@ NORMS = {
 PARTS = [(tuple(ON_IMAGES), ARCHITECTURES), *(((op,), (sm,)) for op in NORMS for sm in ARCHITECTURES)]
 
 
-def compile_kernels(ops: tuple[str, ...], architectures: tuple[int, ...]) -> tuple[int, list[dict[str, Any]], str]:
+def compile_kernels(
+    ops: tuple[str, ...], architectures: tuple[int, ...], *options: str
+) -> tuple[int, list[dict[str, Any]], str]:
     """Run compile_all in a process without the interpreter: exit status, rows, failures."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, SCRIPT, "--json", "--processes", "1", "--only", *ops, "--sm", *map(str, architectures)]
+    command += options
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return done.returncode, json.loads(done.stdout) if done.stdout else [], done.stderr
 
 
-@pytest.mark.parametrize(("ops", "architectures"), PARTS, ids=str)
-def test_compiles_without_spills_and_with_wide_vectors(ops, architectures):
-    status, rows, failures = compile_kernels(ops, architectures)
+def assert_compiles_well(ops: tuple[str, ...], architectures: tuple[int, ...], *options: str) -> None:
+    status, rows, failures = compile_kernels(ops, architectures, *options)
     print(*rows, sep="\n")
     assert status == 0, failures
     assert {row["architecture"] for row in rows} == set(architectures)
     assert {row["kernel"] for row in rows} == set.union(*((ON_IMAGES | NORMS)[op] for op in ops))
     assert all(row["spill_bytes"] == 0 and 0 < row["registers"] <= 128 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ops", "architectures"), PARTS, ids=str)
+def test_compiles_without_spills_and_with_wide_vectors(ops, architectures):
+    assert_compiles_well(ops, architectures)
+
+
+def test_every_kernel_compiles_once_for_every_architecture():
+    assert_compiles_well(tuple(ON_IMAGES | NORMS), ARCHITECTURES, "--few")
 
 
 def test_a_kernel_that_spills_is_found():
