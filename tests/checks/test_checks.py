@@ -145,7 +145,7 @@ def wrong_posterior_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def an_average_that_never_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_follow_no_sync", lambda self, decay: None)
+    monkeypatch.setattr(Trainer, "_update_ema", lambda self, decay: None)
 
 
 def off_by_one_between_table_and_t(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ FAULTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (uniform_noise, "sampling noise is N(0, 1)"),
     (noise_reused_between_pixels, "training noise is independent"),
     (noise_reused_between_samples, "sampling noise is independent"),
-    (square_root_forgotten, "signal is sqrt(alphas_cumprod)"),
+    (square_root_forgotten, "signal is sqrt(alpha_bar)"),
     (square_root_forgotten, "Var[x_t] = 1 at every t"),
     (betas_ten_times_too_small, "the schedule ends in noise"),
     (data_left_in_0_255, "data lies in [-1, 1]"),

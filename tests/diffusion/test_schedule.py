@@ -36,7 +36,7 @@ def test_betas_are_the_closed_form(name, timesteps):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_alphas_cumprod_is_the_product_and_telescopes(name):
+def test_alpha_bar_is_the_product_and_telescopes(name):
     found = schedule.make_alpha_bar(DiffusionConfig(schedule=name)).numpy()
     np.testing.assert_allclose(found, np.cumprod(1 - closed_form(name, 1000)), rtol=1e-12)
     if name == "cosine":

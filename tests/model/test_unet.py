@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.peers import diffusers as peer
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.model.unet import UNet
@@ -21,28 +22,8 @@ SMALL = UNetConfig(3, 8, 8, 16, (1, 2), 1, (4,), groups=4)
 
 def diffusers_unet(config: UNetConfig) -> nn.Module:
     """diffusers' model with the arguments of google/ddpm-cifar10-32, whose U-Net is the paper's."""
-    diffusers = pytest.importorskip("diffusers.models.unets.unet_2d")
-    levels = range(len(config.channel_multipliers))
-    attends = [(config.height >> level) in config.attention_resolutions for level in levels]
-    return diffusers.UNet2DModel(
-        sample_size=(config.height, config.width),
-        in_channels=config.image_channels,
-        out_channels=config.image_channels,
-        center_input_sample=False,
-        time_embedding_type="positional",
-        freq_shift=1,
-        flip_sin_to_cos=False,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        block_out_channels=tuple(config.channels * m for m in config.channel_multipliers),
-        layers_per_block=config.res_blocks,
-        downsample_padding=0,
-        act_fn="silu",
-        attention_head_dim=None,
-        norm_num_groups=config.groups,
-        norm_eps=1e-6,
-        add_attention=True,
-    )
+    pytest.importorskip("diffusers.models.unets.unet_2d")
+    return peer.unet(config)
 
 
 def randomized(config: UNetConfig) -> UNet:
