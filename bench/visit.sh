@@ -5,8 +5,7 @@
 #
 # Leaves one folder to commit (DIR, below the project's folder; default: profiles/DEVICE): report.json, report.md,
 # plots, and visit.log with all that was printed. Tests that fail stop no measurement. The last line begins with DONE or
-# FAILED, and the exit status is 0 or 1. It needs no network, and no more than PyTorch, Triton, NumPy, einops, pytest
-# and matplotlib.
+# FAILED, and the exit status is 0 or 1. It needs no network; profiles/README.md lists the packages.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -22,6 +21,10 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
 
 minutes=9 out="" tests=default device=auto report=()
 while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) sed -n '2,10p' "$0" && exit 0 ;;
+        --minutes | --out | --tests | --device) [ $# -ge 2 ] || { echo "visit.sh: $1 needs a value" >&2 && exit 2; } ;;
+    esac
     case $1 in
         --minutes) minutes=$2 && shift ;;
         --out) out=$2 && shift ;;

@@ -49,7 +49,7 @@ def load(run: str | Path, **keywords: Unpack[LoadKeywords]) -> Model:
             weights: "ema", averaged, the default; or "raw", the last trained.
             device: "auto" (the default) takes an NVIDIA GPU if there is one; or "cpu", "cuda".
             precision: "auto" (the default) is bf16 on GPUs good at it, else fp32; or "fp32", "tf32", "bf16".
-            kernels: run the Triton kernels on a GPU where they are the faster way, default True.
+            kernels: run the Triton kernels on an NVIDIA GPU, default True.
             compile: compile the U-Net on a GPU, and on a CPU for long sampling, default True.
             capture: capture each step on a GPU as a CUDA graph, default True.
 
@@ -77,8 +77,8 @@ def train(
             kept.
         InterruptedRunError: SIGINT or SIGTERM arrived; the run is saved.
     """
-    config = with_flags(starting_config(preset, str(out), resume), flags)
-    return train_config(config, str(out), resume, progress)
+    config = with_flags(starting_config(preset, str(out or ""), resume), flags)
+    return train_config(config, str(out or ""), resume, progress)
 
 
 def starting_config(preset: str | None, out: str, resume: bool) -> Config:

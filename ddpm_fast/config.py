@@ -142,7 +142,7 @@ class TrainingConfig:
     precision: Precision = "auto"
     """The U-Net's arithmetic; auto is bf16 on GPUs good at it, else fp32; tf32 is for GPUs. Parameters stay fp32."""
     kernels: bool = True
-    """Run the Triton kernels on a GPU where they are the faster way; --no-kernels is plain PyTorch everywhere."""
+    """Run the Triton kernels on an NVIDIA GPU; --no-kernels is plain PyTorch everywhere."""
     compile: bool = True
     """Compile the U-Net on a GPU with torch.compile; --no-compile runs it as written."""
     capture: bool = True
@@ -206,6 +206,8 @@ class SamplingOptions(SamplerConfig):
         for name, least, most in (("count", 1, 2**32), ("batch_size", 1, 2**20), ("first_index", 0, 2**32 - 1)):
             value = getattr(self, name)
             require(least <= value <= most, f"{flag(name)} is {value}: it must lie in {least}..{most}")
+        last = self.first_index + self.count - 1
+        require(last < 2**32, f"--first-index and --count ask for image {last}: the last of a seed is 2**32 - 1")
         require_seed(self.seed)
 
 
@@ -220,7 +222,7 @@ class LoadOptions:
     precision: Precision = "auto"
     """The U-Net's arithmetic; auto is bf16 on GPUs good at it, else fp32; tf32 is for GPUs."""
     kernels: bool = True
-    """Run the Triton kernels on a GPU where they are the faster way; --no-kernels is plain PyTorch everywhere."""
+    """Run the Triton kernels on an NVIDIA GPU; --no-kernels is plain PyTorch everywhere."""
     compile: bool = True
     """Compile the U-Net on a GPU, and on a CPU for long sampling; --no-compile runs it as written."""
     capture: bool = True

@@ -129,7 +129,7 @@ def test_a_part_that_is_no_object_is_refused():
         (DiffusionConfig, "clip", 1, "true or false"),
         (DataConfig, "data", None, "text"),
         (TrainingConfig, "device", "gpu", "'auto', 'cpu', 'cuda'. Did you mean 'cuda'?"),
-        (SamplerConfig, "sampler", "dpm", "Did you mean 'ddpm'?"),
+        (SamplerConfig, "sampler", "dpm", "Did you mean 'dpm++'?"),
         (SamplingOptions, "count", 0, "must lie in 1..4294967296"),
         (SamplingOptions, "count", "4", "a whole number"),
         (SamplingOptions, "first_index", 2**32, "must lie in 0..4294967295"),

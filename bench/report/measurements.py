@@ -64,7 +64,7 @@ def ceilings(workbench: Workbench) -> list[Row]:
 
 
 def op(workbench: Workbench, name: str) -> list[Row]:
-    """Time the forms of an op in turns; its name is one of `op_work.builders`."""
+    """Time the forms of an op in turns; its name is one of `bench.work.ops.builders`."""
     workbench.clock.start_afresh()
     on_gpu = workbench.device.type == "cuda"
     size = workbench.sizes.ops

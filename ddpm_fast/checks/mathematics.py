@@ -70,7 +70,7 @@ def report_kernels(config: Config, device: torch.device) -> int:
     print(f"kernels: {RULE}")
     ops = choose_ops(config.training.kernels, device)
     if not ops.fused:
-        print(f"  none run here: the device is {device.type}, --{'' if config.training.kernels else 'no-'}kernels")
+        print("  none run here: " + (f"the device is {device.type}" if config.training.kernels else "--no-kernels"))
         return 0
     right = True
     for row, within_bound in kernel_table(ops, config, device, choose_dtype(config.training.precision, device)):

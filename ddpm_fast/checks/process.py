@@ -1,4 +1,4 @@
-"""Checks of the process that need no network: noise, schedule and samplers (see `check`)."""
+"""Checks of the process that need no network: noise, schedule and samplers (see `mathematics`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,9 +128,7 @@ def closed_form_target(diffusion: DiffusionConfig, t: Tensor, x_start: Tensor, e
     return {"eps": eps, "x0": x_start, "v": v}[diffusion.prediction].float()
 
 
-def check_samplers(diffusion: DiffusionConfig, device: torch.device, ops: Ops = REFERENCE) -> Iterator[CheckResult]:
-    """Check the posterior by Bayes' rule computed another way, and every sampler with the true prediction."""
-    file = "ddpm_fast/diffusion/samplers.py"
+def _check_posterior(diffusion: DiffusionConfig, file: str) -> Iterator[CheckResult]:
     row = Row(*sampler_table(diffusion).rows.flip(0).unbind(1))  # row t now belongs to t
     betas = schedule.betas(diffusion)[1:]
     prior_variance = 1 - schedule.make_alpha_bar(diffusion)[:-1]
@@ -144,6 +142,12 @@ def check_samplers(diffusion: DiffusionConfig, device: torch.device, ops: Ops = 
     off = float((row.noise[1:] ** 2 / expected - 1).abs().max()) + float(row.noise[0].abs())
     name = f"the posterior variance is the fixed {diffusion.variance} one"
     yield CheckResult(name, off < 1e-9, "within 1e-9 of it, none in the last step", f"{off:.1e} off", file)
+
+
+def check_samplers(diffusion: DiffusionConfig, device: torch.device, ops: Ops = REFERENCE) -> Iterator[CheckResult]:
+    """Check the posterior by Bayes' rule computed another way, and every sampler with the true prediction."""
+    file = "ddpm_fast/diffusion/samplers.py"
+    yield from _check_posterior(diffusion, file) if diffusion.timesteps > 1 else ()
     steps = min(20, diffusion.timesteps)
     for config in (SamplerConfig("ddpm", steps), SamplerConfig("ddim", steps), SamplerConfig("dpm++", steps)):
         off = _distance_with_true_prediction(diffusion, sampler_table(diffusion, config), device, ops)

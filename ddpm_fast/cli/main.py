@@ -66,6 +66,8 @@ def _flags_of(cls: Any) -> list[str]:
     """Return every flag name of a dataclass, nested parts flattened."""
     flags: list[str] = []
     for f in dataclasses.fields(cls):
+        if f.name == "run":  # the one that is named without a flag
+            continue
         value = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
         flags += _flags_of(type(value)) if dataclasses.is_dataclass(value) else [flag(f.name)]
     return flags

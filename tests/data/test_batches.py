@@ -51,7 +51,7 @@ def test_batches_are_the_same_from_the_device_and_copied_ahead(monkeypatch):
     images = np.arange(50 * 12, dtype=np.uint8).reshape(50, 2, 2, 3)
     device, key = torch.device("cuda"), key_from_seed(0)
     resident = BatchSource(Dataset(images, "", ""), key, device)
-    monkeypatch.setattr("ddpm_fast.data.dataset.batches.DEVICE_SHARE", 2**62)
+    monkeypatch.setattr("ddpm_fast.data.batches.DEVICE_SHARE", 2**62)
     copied = BatchSource(Dataset(images, "", ""), key, device)
     assert copied.ahead is not None
     for first in (0, 8, 16, 48):
