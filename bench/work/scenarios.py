@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
-from unittest import mock
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
-from ddpm_fast.engine import sampling as engine_loop
 from ddpm_fast.engine.execution import Execution, choose_dtype
 from ddpm_fast.engine.sampling import GRAPH_STEPS, SamplingLoop
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer, new_unet
@@ -141,13 +139,12 @@ def sampling(config: Config, batch: int, steps: int, variant: Variant, device: t
     """Build one batch of the paper's sampler over K of its T steps; every call makes other images."""
     unet = new_unet(with_training(config, kernels=variant.kernels), device)
     table = sampler_table(config.diffusion, SamplerConfig(steps=steps))
-    loop = SamplingLoop(unet, table, loop_dtype(device), variant.execution)
+    loop = SamplingLoop(unet, table, loop_dtype(device), variant.execution, graph_steps=variant.graph_steps)
     key, numbers = key_from_seed(0, device), torch.arange(batch, device=device)
 
     def work() -> object:
         numbers.add_(batch)
-        benchmark = _cudnn_benchmark(variant.cudnn_benchmark)
-        with benchmark, mock.patch.object(engine_loop, "GRAPH_STEPS", variant.graph_steps):
+        with _cudnn_benchmark(variant.cudnn_benchmark):
             return loop.run(NoiseAddress(key, numbers))
 
     return Scenario(work, batch, steps, config.unet, training=False)

@@ -95,6 +95,7 @@ class SamplingLoop:
         dtype: torch.dtype = torch.float32,
         execution: Execution = EAGER,
         graphs: GraphBackend | None = None,
+        graph_steps: int = GRAPH_STEPS,
     ) -> None:
         """Prepare the loop, on a copy of the U-Net.
 
@@ -104,7 +105,9 @@ class SamplingLoop:
             dtype: of the U-Net's arithmetic.
             execution: how to run the steps.
             graphs: what captures them, CUDA graphs if left out.
+            graph_steps: steps in the graph that is replayed as long as it fits.
         """
+        self.graph_steps = graph_steps
         self.table, self.dtype, self.execution = table, dtype, execution
         self.device = unet.conv_in.weight.device
         self.unet = sampling_copy(unet, dtype)
@@ -162,8 +165,8 @@ class SamplingLoop:
 
         graphs.warm_up(lambda: take(1))
         buffers.one_step = graphs.capture(lambda: take(1))
-        if len(self.rows) >= GRAPH_STEPS:
-            buffers.many_steps = graphs.capture(lambda: take(GRAPH_STEPS))
+        if len(self.rows) >= self.graph_steps:
+            buffers.many_steps = graphs.capture(lambda: take(self.graph_steps))
         self._compare(buffers)
         self.graph_bytes += memory_of(self.device) - before
 
@@ -218,8 +221,8 @@ class SamplingLoop:
         done, total, launched = 0, len(self.rows), InFlight(self.device, on_progress)
         # Whole graphs of steps as long as they fit, then single steps: lines 2 to 5.
         while done < total:
-            many = buffers.many_steps if on_step is None and total - done >= GRAPH_STEPS else None
-            steps = 1 if many is None else GRAPH_STEPS
+            many = buffers.many_steps if on_step is None and total - done >= self.graph_steps else None
+            steps = 1 if many is None else self.graph_steps
             (many or one_step)()
             launched.add(steps)
             if on_step is not None:

@@ -91,6 +91,15 @@ def test_whole_graphs_are_replayed_and_the_rest_by_single_steps(unet):
     assert graphs.replays == [0] * len(captured.rows)
 
 
+def test_a_graph_has_as_many_steps_as_asked_for(unet):
+    graphs = StandIn()
+    captured = SamplingLoop(unet, sampler_table(DIFFUSION), execution=CAPTURED, graphs=graphs, graph_steps=30)
+    captured.buffers(2)
+    graphs.replays.clear()
+    sample(captured, ImageRange(0, 0, 2))
+    assert graphs.replays == [1] + [0] * (len(captured.rows) - 30)
+
+
 def test_graphs_are_reused_and_the_oldest_freed(unet):
     captured, graphs = captured_loop(unet, SamplerConfig("ddim", 2))
     for _ in range(2):
