@@ -15,6 +15,7 @@ from ddpm_fast.checks.mathematics import check_start, report
 from ddpm_fast.config import Config, LoadOptions
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.errors import MathematicsError, require
+from ddpm_fast.files import require_writable
 from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.presets import with_flags
 from ddpm_fast.runs.device import enough_memory, prepare_device
@@ -100,6 +101,7 @@ def train_config(config: Config, out: str = "", resume: bool = False, progress: 
     training = config.training
     device = prepare_device(training.device, training.precision)
     directory = Path(out) if out else _next_free(Path("runs"), config.preset)
+    require_writable(directory)
     dataset = open_dataset(config.data, config.unet, progress)
     if dataset.skipped:
         print(f"left out {len(dataset.skipped)} files that cannot be read (--skip-bad)")

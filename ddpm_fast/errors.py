@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import math
+import reprlib
 from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -89,7 +91,7 @@ def require_types(part: Any) -> None:
         value, kind = getattr(part, f.name), f.type
         if get_origin(kind) is Annotated:
             kind = get_args(kind)[0]
-        is_value = f"{flag(f.name)} is {value!r}"
+        is_value = f"{flag(f.name)} is {reprlib.repr(value)}"
         if get_origin(kind) is Literal:
             choices = get_args(kind)
             suggestion = nearest(str(value), choices)
@@ -100,6 +102,7 @@ def require_types(part: Any) -> None:
         else:
             fits = type(value) is kind or (kind is float and type(value) is int)
             require(fits, f"{is_value}: it must be {_KINDS[kind]}")
+            require(kind is not float or math.isfinite(value), f"{is_value}: it must be finite")
 
 
 def require_seed(seed: int) -> None:

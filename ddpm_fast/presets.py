@@ -59,7 +59,7 @@ def preset(name: str) -> Config:
         InputError: there is none; the nearest name is suggested.
     """
     if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
+        raise InputError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}.{nearest(str(name), PRESETS)}")
     return PRESETS[name]
 
 
@@ -83,4 +83,6 @@ def with_flags(config: Config, flags: Mapping[str, Any]) -> Config:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:  # one of NumPy's numbers
+        return value.item()
     return tuple(value) if isinstance(value, list) else value

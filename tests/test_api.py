@@ -179,10 +179,13 @@ def wrong(run: Path, method: str, *arguments: typing.Any, **keywords: typing.Any
         ("load", ["."], {"device": "gpu"}, "Did you mean 'cuda'?"),
         ("sample", [0], {}, "--count is 0: it must lie in 1..4294967296"),
         ("sample", [2], {"sede": 1}, "unknown keyword 'sede'. Did you mean 'seed'?"),
-        ("sample", [2], {"steps": 61}, "61 sampling steps"),
+        ("sample", [2], {"steps": 61}, "--steps is 61: it must lie in 1..60"),
         ("sample", [2], {"sampler": "heun"}, "'ddpm', 'ddim', 'dpm++'"),
         ("train", ["digit"], {}, "Did you mean 'digits'?"),
         ("train", [], {"lr": 1e-3}, "unknown keyword 'lr'. Did you mean 'learning_rate'?"),
+        ("train", [3], {}, "unknown preset 3: the presets are digits"),
+        ("train", [], {"data": np.zeros((4, 8, 8))}, "--data is array("),
+        ("train", [], {"learning_rate": np.float32(np.inf)}, "--learning-rate is inf: it must be finite"),
         ("train", [], {"steps": 0}, "--steps is 0: it must be at least 1"),
         ("train", [], {"steps": "many"}, "--steps is 'many': it must be a whole number"),
         ("train", [], {"resume": True}, "--resume needs --out"),
@@ -198,7 +201,7 @@ def test_errors_are_the_command_lines_and_write_nothing(trained, method, argumen
 
 
 def test_training_returns_the_run_and_resuming_continues_it():
-    run = ddpm_fast.train(learning_rate=1e-3, progress=False)
+    run = ddpm_fast.train(learning_rate=1e-3, steps=np.int64(3), progress=False)
     assert run.directory == Path("runs/digits-1")
     assert ddpm_fast.train(steps=1, progress=False).directory == Path("runs/digits-2")
     assert [line["step"] for line in run.metrics] == [1, 2, 3]

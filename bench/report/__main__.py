@@ -268,4 +268,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the measuring process is ended too
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head`
     sys.exit(main())

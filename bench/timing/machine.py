@@ -84,4 +84,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(Path("profiles") / folder_name(machine(choose_device(sys.argv[1] if len(sys.argv) > 1 else "auto"))))
+    asked = sys.argv[1] if len(sys.argv) > 1 else "auto"
+    if asked == "cuda" and not torch.cuda.is_available():
+        sys.exit("cuda: there is no NVIDIA GPU that this PyTorch can use; leave it out for what is here")
+    print(Path("profiles") / folder_name(machine(choose_device(asked))))

@@ -87,7 +87,8 @@ def _missing(path: Path, error: OSError | ValueError) -> InputError:
     siblings = ["digits"]
     with contextlib.suppress(OSError, ValueError):
         siblings += [entry.name for entry in path.parent.iterdir()]
-    return InputError(f"--data {path} does not exist.{nearest(path.name, siblings)}")
+    meant = nearest(path.name, siblings)
+    return InputError(f"--data {path} does not exist: name a folder of images or a .npy/.npz file.{meant}")
 
 
 def _digits() -> NDArray[np.uint8]:

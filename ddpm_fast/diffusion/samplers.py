@@ -19,6 +19,7 @@ from torch import Tensor
 from ddpm_fast.config import DiffusionConfig, Prediction, SamplerConfig, Spacing, Variance
 from ddpm_fast.constants import SAMPLER_COLUMN, Row
 from ddpm_fast.diffusion.schedule import make_alpha_bar
+from ddpm_fast.errors import require
 
 PAPER = SamplerConfig()
 """Ho et al. 2020: ancestral sampling over all T steps."""
@@ -51,10 +52,9 @@ def strided_timesteps(total: int, steps: int, spacing: Spacing) -> Tensor:
         [K] int64, from high to low.
 
     Raises:
-        ValueError: steps lies outside 1..total.
+        InputError: steps lies outside 1..total.
     """
-    if not 1 <= steps <= total:
-        raise ValueError(f"{steps} sampling steps: there must be 1 to {total}")
+    require(1 <= steps <= total, f"--steps is {steps}: it must lie in 1..{total}, the timesteps of training")
     # NumPy's and PyTorch's round both go to the even neighbour, as the schedulers we are compared with do.
     descending = torch.arange(steps, dtype=torch.float64)
     if spacing == "trailing":
@@ -157,12 +157,11 @@ def sampler_table(diffusion: DiffusionConfig, sampler: SamplerConfig = PAPER) ->
     """Return the table of a sampler for a trained process.
 
     Raises:
-        ValueError: more steps than timesteps, or an eta outside 0..1.
+        InputError: more steps than timesteps, or an eta outside 0..1.
     """
     alpha_bar = make_alpha_bar(diffusion)
     total, steps = diffusion.timesteps, sampler.steps or diffusion.timesteps
-    if not 0 <= sampler.eta <= 1:
-        raise ValueError(f"eta is {sampler.eta}: it must lie in [0, 1]")
+    require(0 <= sampler.eta <= 1, f"--eta is {sampler.eta}: it must lie in [0, 1]")
     t = strided_timesteps(total, steps, sampler.spacing)
     if sampler.sampler == "ddpm":
         row = ddpm_rows(alpha_bar, t, diffusion.prediction, diffusion.variance)

@@ -89,7 +89,9 @@ def _unreadable(path: Path, error: Exception) -> str:
         head = path.read_bytes()[:2]
         if head[:1] == b"\x80" or head == b"PK":
             return f"{path} is a pickle (a PyTorch .pt/.ckpt file): it could run any code, so it is never loaded"
-    return f"{path} is missing, truncated or not a ddpm-fast checkpoint ({str(error).splitlines()[0]}); use another one"
+    if not path.exists():
+        return f"{path} is missing: copy it from the run, or use another checkpoint"
+    return f"{path} is truncated or not a ddpm-fast checkpoint ({str(error).splitlines()[0]}): use another one"
 
 
 def read(path: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint:
@@ -101,8 +103,8 @@ def read(path: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint:
     file = path / "state.json"
     try:
         state = json.loads(file.read_text())
-        if state["format"] != FORMAT:
-            raise ValueError(f"format is {state['format']!r}, not {FORMAT!r}")
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
         found = Checkpoint(path, int(state["step"]), from_dict(state["config"]), str(state["fingerprint"]))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
@@ -141,9 +143,7 @@ def resolve(path: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint:
         InputError: there is none; a file (a pickle, say) is refused by what it is.
     """
     if path.is_file():
-        raise InputError(
-            f"{_unreadable(path, ValueError('a file'))}; name a run directory or one of its checkpoints/step-*"
-        )
+        raise InputError(_unreadable(path, ValueError("a file; name a run directory or one of its checkpoints/step-*")))
     if not path.is_dir():
         raise InputError(f"{path} does not exist: name a run directory or one of its checkpoints/step-*")
     if (path / "state.json").exists():

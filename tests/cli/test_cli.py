@@ -59,6 +59,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train --steps many", "--steps"),
         ("train --steps 0", "ddpm-fast: --steps is 0: it must be at least 1. See ddpm-fast train --help"),
         ("train --steps 1.5", "--steps is '1.5': it must be a whole number. See"),
+        ("train --learning-rate inf", "--learning-rate is inf: it must be finite. See"),
+        ("train --data nowhere.npy", "nowhere.npy does not exist: name a folder of images or a .npy/.npz file"),
         ("train --dropout high", "--dropout is 'high': it must be a number. See"),
         ("train --channel-multipliers 1 x", "--channel-multipliers is ['1', 'x']: it must be whole numbers. See"),
         ("train --steps", "--steps needs a value"),
@@ -142,7 +144,7 @@ def test_any_number_of_steps_up_to_t(trained, tmp_path, steps, capsys):
 
 
 def test_more_steps_than_timesteps_are_refused(trained, capsys):
-    assert "26 sampling steps" in refused(f"sample {trained} --steps 26", capsys)
+    assert "--steps is 26: it must lie in 1..25" in refused(f"sample {trained} --steps 26", capsys)
 
 
 def test_a_finished_run_says_so_and_more_steps_continue_it(tmp_path, capsys):
