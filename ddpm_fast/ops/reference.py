@@ -28,14 +28,20 @@ class Dropout(NamedTuple):
     layer: int  # number of the layer in forward order, else every block would drop the same places
 
 
-def _per_image(column: Tensor) -> Tensor:
-    return column.view(-1, 1, 1, 1)
-
-
 def _normalize(images: Tensor, address: NoiseAddress, flip: bool, dtype: torch.dtype) -> Tensor:
     """Return x_start: images in [-1, 1], mirrored where the address says so."""
     x_start = images.to(dtype) / 127.5 - 1 if images.dtype == torch.uint8 else images.to(dtype)
-    return torch.where(_per_image(random_flips(address)), x_start.flip(-1), x_start) if flip else x_start
+    return torch.where(random_flips(address).view(-1, 1, 1, 1), x_start.flip(-1), x_start) if flip else x_start
+
+
+def _example(
+    images: Tensor, t: Tensor, table: Tensor, key: Tensor, sample_index: Tensor, flip: bool
+) -> tuple[TrainingTable[Tensor], Tensor, Tensor]:
+    """Return what training examples are made of: their rows of the table [N, 1, 1, 1], x_start and eps."""
+    address, shape = NoiseAddress(key, sample_index), (images.shape[1], images.shape[2], images.shape[3])
+    compute = torch.promote_types(table.dtype, torch.float32)
+    row = TrainingTable(*table[t].view(-1, len(TrainingTable._fields), 1, 1, 1).unbind(1))
+    return row, _normalize(images, address, flip, compute), normal(address, 0, Stream.TRAINING, shape, compute)
 
 
 def q_sample(
@@ -62,12 +68,8 @@ def q_sample(
     Returns:
         [N, C, H, W] in `dtype`, laid out as NHWC, on which convolutions run faster.
     """
-    address = NoiseAddress(key, sample_index)
-    compute = torch.promote_types(table.dtype, torch.float32)
-    row = TrainingTable(*table[t].unbind(1))
-    x_start = _normalize(images, address, flip, compute)
-    eps = normal(address, 0, Stream.TRAINING, (images.shape[1], images.shape[2], images.shape[3]), compute)
-    x_t = _per_image(row.signal) * x_start + _per_image(row.noise) * eps
+    row, x_start, eps = _example(images, t, table, key, sample_index, flip)
+    x_t = row.signal * x_start + row.noise * eps
     return x_t.to(dtype, memory_format=torch.channels_last)
 
 
@@ -91,13 +93,9 @@ def noise_mse(
         [N] mean squared errors weight * mean((prediction - target)**2), in the arithmetic's dtype, where the target is
         target_eps * eps + target_x_start * x_start.
     """
-    address = NoiseAddress(key, sample_index)
-    compute = torch.promote_types(table.dtype, torch.float32)
-    row = TrainingTable(*table[t].unbind(1))
-    x_start = _normalize(images, address, flip, compute)
-    eps = normal(address, 0, Stream.TRAINING, (images.shape[1], images.shape[2], images.shape[3]), compute)
-    target = _per_image(row.target_eps) * eps + _per_image(row.target_x_start) * x_start
-    return row.weight * (prediction.to(compute) - target).square().mean(dim=(1, 2, 3))
+    row, x_start, eps = _example(images, t, table, key, sample_index, flip)
+    target = row.target_eps * eps + row.target_x_start * x_start
+    return row.weight.flatten() * (prediction.to(target.dtype) - target).square().mean(dim=(1, 2, 3))
 
 
 def group_norm_silu(
