@@ -47,8 +47,31 @@ class TrainingTable(NamedTuple, Generic[Value]):
     weight: Value  # of the example's squared error
 
 
+class StepNumbers(NamedTuple, Generic[Value]):
+    """What an update of the weights counts."""
+
+    step: Value  # of the run, from 0; written before each update
+    updates: Value  # of the weights so far, which Adam's moments average over
+    bad_step: Value  # the first whose loss or gradient was not finite; -1 until then
+    loss_steps: Value  # steps in loss_sum
+
+
+class StepFigures(NamedTuple, Generic[Value]):
+    """What an update of the weights says of itself."""
+
+    learning_rate: Value
+    gradient_norm: Value  # before clipping
+    loss_sum: Value  # over the steps since it was last read
+
+
 SAMPLER_COLUMN = Row(*range(len(Row._fields)))
 TRAINING_COLUMN = TrainingTable(*range(len(TrainingTable._fields)))
+STEP_NUMBER = StepNumbers(*range(len(StepNumbers._fields)))
+STEP_FIGURE = StepFigures(*range(len(StepFigures._fields)))
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+"""Kingma and Ba 2015's own settings, which the paper leaves as they are."""
 
 GROUP_NORM_EPS = 1e-6
 """The paper's code adds this to the variance; PyTorch's default is ten times more."""

@@ -27,8 +27,9 @@ from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, random_timesteps
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import choose_dtype
-from ddpm_fast.engine.trainer import Trainer, ema_decay
+from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.ops import RULE, choose_ops
+from ddpm_fast.ops.reference import ema_decay_at
 from ddpm_fast.runs.checkpoint import TENSOR_FILES, Checkpoint
 
 EXAMPLES = 8
@@ -191,8 +192,8 @@ def check_network(trainer: Trainer, trained: bool) -> Iterator[CheckResult]:
     # A constant added to every key cancels in softmax: that bias alone has no gradient.
     silent = [
         name
-        for name, p in trainer.unet.named_parameters()
-        if (p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()) and not name.endswith("to_k.bias")
+        for name, gradient in trainer.gradients.items()
+        if not (torch.isfinite(gradient).all() and gradient.any()) and not name.endswith("to_k.bias")
     ]
     found = f"{len(silent)} without, e.g. {silent[0]}" if silent else "all have one"
     yield CheckResult("every parameter receives a finite gradient", not silent, "all", found, file)
@@ -210,7 +211,7 @@ def check_fitting(trainer: Trainer, steps: int) -> Iterator[CheckResult]:
     file = "ddpm_fast/engine/trainer.py"
     before = {name: tensor.clone() for name, tensor in trainer.ema.items()}
     trainer.train_step_no_sync()
-    decay = float(ema_decay(torch.zeros(()), trainer.config.training))
+    decay = float(ema_decay_at(torch.zeros(()), trainer.config.training.ema_decay))
     weights = dict(trainer.unet.named_parameters())
     off = max(
         float((trainer.ema[name] - (decay * before[name] + (1 - decay) * weights[name].detach())).abs().max())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_fast.constants import SAMPLER_COLUMN
@@ -79,9 +79,8 @@ class Buffers:
 def sampling_copy(unet: UNet, dtype: torch.dtype) -> UNet:
     """Return a copy of the U-Net to sample with: convolutions and products in `dtype`, norms' parameters in float32."""
     unet = copy.deepcopy(unet).requires_grad_(False).eval()
-    for module in unet.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.to(dtype)
+    for parameter in unet.low_precision_parameters().values():
+        parameter.data = parameter.data.to(dtype)
     return unet
 
 

@@ -5,37 +5,27 @@ somebody reads them. A step reads its batch and its number from tensors at fixed
 q_sample to the moving average, can be captured as one CUDA graph. Shapes: N images, C channels, H x W pixels.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.config import Config, TrainingConfig
+from ddpm_fast.config import Config
+from ddpm_fast.constants import StepFigures, StepNumbers
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, random_timesteps
 from ddpm_fast.diffusion.schedule import TrainingTable, training_table
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, Work
 from ddpm_fast.engine.execution import EAGER, Execution, choose_dtype
+from ddpm_fast.engine.flat_weights import FlatWeights, Parts
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
 
 BatchFunction = Callable[[int, int], tuple[Tensor, Tensor]]
 """(first example, n) -> images [n, C, H, W] uint8 and sample_index [n] int64, on the device."""
 
-
 WARM_UP_STEPS = 3
 """Steps of a run that are not captured yet: PyTorch's advice for graphs over several streams."""
-
-
-def learning_rate(step: Tensor, config: TrainingConfig) -> Tensor:
-    """Return the rate of the step-th update (from 0): a linear rise over the warm-up, then constant; [] float64."""
-    return config.learning_rate * ((step + 1).double() / max(config.warmup_steps, 1)).clamp(max=1.0)
-
-
-def ema_decay(step: Tensor, config: TrainingConfig) -> Tensor:
-    """Return the average's decay at a step: small at first, so that it forgets the initial weights; [] float64."""
-    return ((1 + step).double() / (10 + step)).clamp(max=config.ema_decay)
 
 
 def new_unet(config: Config, device: torch.device) -> UNet:
@@ -73,69 +63,56 @@ class Trainer:
         self.config, self.batch, self.device, self.execution = config, batch, device, execution
         self.dtype = choose_dtype(config.training.precision, device)
         self.graphs = graphs or (CudaGraphs(device) if execution.captured else None)
-        self._compiled_losses = execution.compile(self._losses_of_batch)
+        self._compiled_loss = execution.compile(self._loss_of_batch)
         self._warm_ups = 0
         self._replay: Work | None = None
         self.unet = new_unet(config, device)
-        self.parameters = dict(self.unet.named_parameters())
-        self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        # Fused Adam skips its update where found_inf is 1 and divides gradients by grad_scale: that masks bad
-        # steps and clips gradients on the device, without a pass of their own.
-        self.lr = torch.zeros((), device=device)
-        options: dict[str, Any] = {"fused": True, "capturable": self.graphs is not None and device.type == "cuda"}
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.lr, **options)
-        # Warm-up steps run uncaptured on purpose: silence PyTorch's warning.
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # pyright: ignore[reportAttributeAccessIssue]
+        self.flat = FlatWeights(self.unet, self.dtype)
+        self.parameters, self.gradients = self.flat.parameters, self.flat.gradients
+        self.ema = self.flat.named(self.flat.ema)
+        self.numbers = StepNumbers(*self.flat.numbers.unbind())
+        self.figures = StepFigures(*self.flat.figures.unbind())
         self.table = training_table(config.diffusion, config.training.min_snr_gamma).to(device)
         self.key = key_from_seed(config.training.seed, device)
         self.step = 0
         unet, size = config.unet, config.training.batch_size
-        self.device_step = torch.zeros((), dtype=torch.int64, device=device)
         self.images = torch.zeros(size, unet.height, unet.width, unet.image_channels, dtype=torch.uint8, device=device)
         self.images = self.images.permute(0, 3, 1, 2)
         self.sample_index = torch.zeros(size, dtype=torch.int64, device=device)
-        self.bad_step = torch.full((), -1, device=device)  # latches the first step that was not finite
-        self.loss_sum = torch.zeros((), device=device)  # of the steps since it was last read,
-        self.loss_steps = torch.zeros((), dtype=torch.int64)  # and how many they are; a tensor to be saved with it
-        self.gradient_norm = torch.zeros((), device=device)
 
     def losses(self, first_example: int, n: int) -> Tensor:
         """Compute the weighted squared errors of n training examples, eagerly: [n] float32."""
-        with self._autocast():
-            return self._losses_of_batch(*self.batch(first_example, n))
-
-    def _autocast(self) -> torch.autocast:
-        # Outside the compiled function: PyTorch 2.13 does not cache a backward pass that enters autocast inside it.
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return self._losses_of_batch(*self.batch(first_example, n))
 
     def _losses_of_batch(self, images: Tensor, sample_index: Tensor) -> Tensor:
         """Compute the weighted squared errors of a batch: [N] float32 (Algorithm 1, line 5)."""
         t = random_timesteps(NoiseAddress(self.key, sample_index), self.config.diffusion.timesteps)
-        ops, flip = self.unet.ops, self.config.data.flip
+        network, flip = self.flat.network, self.config.data.flip
         example = (images, t, self.table, self.key, sample_index)
-        x_t = ops.q_sample(*example, flip=flip, dtype=self.dtype)
-        prediction = self.unet(x_t, t, dropout_address=NoiseAddress(self.key, sample_index))
-        return ops.noise_mse(prediction, *example, flip=flip)
+        x_t = network.ops.q_sample(*example, flip=flip, dtype=self.dtype)
+        prediction = network(x_t, t, dropout_address=NoiseAddress(self.key, sample_index))
+        return network.ops.noise_mse(prediction, *example, flip=flip)
+
+    def _loss_of_batch(self, images: Tensor, sample_index: Tensor) -> Tensor:
+        """Compute what a batch, or a part of one, adds to the batch's mean loss: [] float32."""
+        return self._losses_of_batch(images, sample_index).sum() / self.config.training.batch_size
 
     def load_batch(self) -> None:
         """Write this step's number and batch to where the step reads them."""
-        self.device_step.fill_(self.step)
+        self.numbers.step.fill_(self.step)
         images, sample_index = self.batch(self.step * len(self.images), len(self.images))
         self.images.copy_(images)
         self.sample_index.copy_(sample_index)
 
     def backward(self) -> Tensor:
-        """Compute the loaded batch's loss and leave its gradients in the parameters, part by part."""
-        training = self.config.training
-        part = training.batch_size // training.accumulate
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        """Compute the loaded batch's loss [], and its gradients into `gradients`, part by part."""
+        part, total = self.config.training.batch_size // self.config.training.accumulate, None
         for images, sample_index in zip(self.images.split(part), self.sample_index.split(part), strict=True):
-            with self._autocast():
-                losses = self._compiled_losses(images, sample_index)
-            loss = losses.sum() / training.batch_size
+            loss = self._compiled_loss(images, sample_index)
             loss.backward()
-            total += loss.detach()
+            self.flat.collect_gradients(add=total is not None)
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
         return total
 
     def train_step_no_sync(self) -> None:
@@ -149,45 +126,17 @@ class Trainer:
         else:
             self._replay = self._replay or self.graphs.capture(self._device_step)
             self._replay()
-        self.loss_steps += 1
         self.step += 1
 
     def _device_step(self) -> None:
-        """Do all of a step's work on the device; what is captured."""
-        training = self.config.training
-        # Forward and backward: Algorithm 1, lines 2 to 5.
-        loss = self.backward()
-        # Latch the first step that is not finite: from then on nothing moves.
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        self.bad_step.copy_(torch.where((self.bad_step < 0) & bad, self.device_step, self.bad_step))
-        stopped = self.bad_step >= 0
-        # Clip the gradient and take Adam's step, in one pass over the weights.
-        self.lr.copy_(learning_rate(self.device_step, training))
-        self.optimizer.found_inf = stopped.float()  # pyright: ignore[reportAttributeAccessIssue]
-        scale = (norm / training.clip_norm).clamp(min=1.0) if training.clip_norm else torch.ones_like(norm)
-        self.optimizer.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.step()
-        # The moving average follows.
-        self._update_ema(torch.where(stopped, 1.0, ema_decay(self.device_step, training).float()))
-        # What the next line of metrics reads.
-        self.loss_sum += loss
-        self.gradient_norm.copy_(norm)
-
-    @torch.no_grad()
-    def _update_ema(self, decay: Tensor) -> None:
-        """Move the average: ema = (ema - w) * decay + w, three passes over all weights and no memory of its own."""
-        averages, weights = list(self.ema.values()), [p.detach() for p in self.parameters.values()]
-        torch._foreach_sub_(averages, weights)
-        torch._foreach_mul_(averages, decay)
-        torch._foreach_add_(averages, weights)
+        """Do all of a step's work on the device (Algorithm 1, lines 2 to 5); what is captured."""
+        self.flat.update(self.backward(), self.config.training)
 
     def read_loss(self) -> float:
         """Return the mean loss since it was last read. Waits for the device."""
-        mean = float(self.loss_sum) / int(self.loss_steps)
-        self.loss_sum.zero_()
-        self.loss_steps.zero_()
+        mean = float(self.figures.loss_sum.double() / self.numbers.loss_steps)
+        self.figures.loss_sum.zero_()
+        self.numbers.loss_steps.zero_()
         return mean
 
     def zero_prediction_loss(self, images: int = 256) -> float:
@@ -215,37 +164,26 @@ class Trainer:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return all that a checkpoint needs: with the step number, the run continues bit for bit."""
-        optimizer = {"loss_sum": self.loss_sum, "loss_steps": self.loss_steps}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
-                optimizer[f"{key}.{name}"] = value
-        return {"model": dict(self.parameters), "ema": self.ema, "optimizer": optimizer}
+        return self.flat.state()
 
-    @torch.no_grad()
-    def load_state(self, step: int, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_state(self, step: int, parts: Parts) -> None:
         """Continue from a checkpoint's tensors, in the form of `state`.
 
         Raises:
             ValueError: a name or a shape does not fit this U-Net.
         """
-        _copy_all("model", self.parameters, parts["model"])
-        _copy_all("ema", self.ema, parts["ema"])
-        moments = {f"{k}.{n}": v for n, p in self.parameters.items() for k, v in _new_moments(p).items()}
-        logged = {"loss_sum": self.loss_sum, "loss_steps": self.loss_steps}
-        _copy_all("optimizer", moments | logged, parts["optimizer"])
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = {key: moments[f"{key}.{name}"] for key in _new_moments(parameter)}
+        self.flat.load_state(parts)
         self.step = step
 
     def locate_nonfinite(self) -> str:
         """Run the latched step again (its noise has an address) and say where a value stops being finite."""
-        self.step = int(self.bad_step)
+        self.step = int(self.numbers.bad_step)
         self.load_batch()
-        self._compiled_losses = self._losses_of_batch  # hooks are not seen in compiled code
+        self._compiled_loss = self._loss_of_batch  # hooks are not seen in compiled code
         found: list[str] = []
         hooks = [
             module.register_forward_hook(_finite_hook(name, found))
-            for name, module in self.unet.named_modules()
+            for name, module in self.flat.network.named_modules()
             if name and not isinstance(module, nn.ModuleList)
         ]
         try:
@@ -255,8 +193,7 @@ class Trainer:
                 hook.remove()
         if found:
             return f"the output of {found[0]} is not finite"
-        gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
-        broken = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+        broken = [name for name, gradient in self.gradients.items() if not torch.isfinite(gradient).all()]
         if broken:
             return f"the gradient of {broken[-1]} is not finite"  # the last is the first in backward order
         return f"the loss is {float(loss)} and the gradient's norm overflowed"
@@ -268,23 +205,3 @@ def _finite_hook(name: str, found: list[str]) -> Callable[[nn.Module, tuple[Tens
             found.append(name)
 
     return look
-
-
-def _new_moments(parameter: Tensor) -> dict[str, Tensor]:
-    """Return fused Adam's state of one parameter, as its first step makes it."""
-    zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": zeros,
-        "exp_avg_sq": zeros.clone(),
-    }
-
-
-def _copy_all(part: str, into: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    differing = sorted(set(into) ^ set(source))
-    if differing:
-        raise ValueError(f"{part}: {differing[0]} and {len(differing) - 1} more names are on one side only")
-    for name, tensor in into.items():
-        if tensor.shape != source[name].shape:
-            raise ValueError(f"{part}: {name} is {tuple(source[name].shape)}, not {tuple(tensor.shape)}")
-        tensor.copy_(source[name])

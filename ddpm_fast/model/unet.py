@@ -13,6 +13,7 @@ from ddpm_fast.config import UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress
 from ddpm_fast.model.blocks import (
     Attention,
+    ConvBeforeShift,
     Downsample,
     FusedGroupNorm,
     Level,
@@ -34,7 +35,7 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(4 * channels, 4 * channels)
 
     def forward(self, sinusoids: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+        return self.linear_2(F.silu(self.linear_1(sinusoids.to(self.linear_1.weight.dtype))))
 
 
 class UNet(nn.Module):
@@ -125,6 +126,16 @@ class UNet(nn.Module):
                 module.ops = ops
         return self
 
+    def low_precision_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what bfloat16 is precise enough for: all of convolutions and products but what is added to shifts."""
+        return {
+            f"{name}.{key}": parameter
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+            for key, parameter in module.named_parameters(recurse=False)
+            if not (isinstance(module, ConvBeforeShift) and key == "bias")
+        }
+
     def time_shifts(self, t: Tensor) -> Tensor:
         """Compute what every ResBlock adds to its first convolution's output for timestep t; once for all steps.
 
@@ -141,7 +152,7 @@ class UNet(nn.Module):
         weight = torch.cat([block.time_emb_proj.weight for block in blocks])
         bias = torch.cat([block.time_emb_proj.bias for block in blocks])
         conv_bias = torch.cat([block.conv1.bias for block in blocks if block.conv1.bias is not None])
-        # Added to the product, not to its bias: both would then be handed one gradient, which is changed in place.
+        # Added to the product, not to its bias: that may be in lower precision, and this is float32 always.
         return F.linear(F.silu(embedding), weight, bias) + conv_bias
 
     def forward(self, x: Tensor, t: Tensor, dropout_address: NoiseAddress | None = None) -> Tensor:

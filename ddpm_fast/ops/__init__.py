@@ -1,7 +1,7 @@
-"""The engine's five ops, and the one place that chooses how they are computed.
+"""The engine's six ops, and the one place that chooses how they are computed.
 
 Every op exists twice under one name and one signature: in plain PyTorch (`reference`) and as Triton kernels (`fused`).
-A set of the five is chosen once, held by the U-Net as `unet.ops`, and used by all that trains it or samples from it.
+A set of the six is chosen once, held by the U-Net as `unet.ops`, and used by all that trains it or samples from it.
 """
 
 import importlib.util
@@ -20,13 +20,14 @@ RULE = "on an NVIDIA GPU every op runs its Triton kernel at every shape (no GPU 
 
 @dataclass(frozen=True)
 class Ops:
-    """The five ops, each computed in the same way; `reference` says what they take and return."""
+    """The six ops, each computed in the same way; `reference` says what they take and return."""
 
     q_sample: Callable[..., Tensor]
     noise_mse: Callable[..., Tensor]
     group_norm_silu: Callable[..., Tensor]
     timestep_embedding: Callable[..., Tensor]
     reverse_step: Callable[..., None]
+    adam_ema: Callable[..., None]
     fused: bool
     """Whether they are Triton kernels, in which a compiler has nothing left to fuse."""
 
@@ -41,6 +42,7 @@ REFERENCE = Ops(
     reference.group_norm_silu,
     reference.timestep_embedding,
     reference.reverse_step,
+    reference.adam_ema,
     fused=False,
 )
 """Plain PyTorch."""

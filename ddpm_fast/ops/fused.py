@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ddpm_fast.kernels import adam_ema, noise_mse, q_sample, reverse_step, timestep_embedding
 from ddpm_fast.kernels import group_norm_silu as norm
 from ddpm_fast.kernels import group_norm_silu_backward as norm_backward
-from ddpm_fast.kernels import noise_mse, q_sample, reverse_step, timestep_embedding
 from ddpm_fast.ops.reference import Dropout
 
 NHWC = torch.channels_last
@@ -27,6 +27,8 @@ GROUP_NORM_SILU_BACKWARD = custom_op(
 )
 TIMESTEP_EMBEDDING = custom_op("ddpm_fast::timestep_embedding", timestep_embedding.timestep_embedding, mutates_args=())
 REVERSE_STEP = custom_op("ddpm_fast::reverse_step", reverse_step.reverse_step, mutates_args={"x", "x0", "model_input"})
+UPDATED = {"weights", "exp_avg", "exp_avg_sq", "ema", "low_precision", "numbers", "figures"}
+ADAM_EMA = custom_op("ddpm_fast::adam_ema", adam_ema.adam_ema, mutates_args=UPDATED)
 
 
 @Q_SAMPLE.register_fake
@@ -114,6 +116,7 @@ def _reverse_step(*given: Tensor, x0: Tensor | None = None, model_input: Tensor 
 
 TIMESTEP_EMBEDDING.register_fake(lambda t, dim, dtype=torch.float32: t.new_empty(len(t), dim, dtype=dtype))
 REVERSE_STEP.register_fake(lambda *arguments, **options: None)
+ADAM_EMA.register_fake(lambda *arguments, **options: None)
 
 FUNCTIONS = {
     "q_sample": Q_SAMPLE,
@@ -121,5 +124,6 @@ FUNCTIONS = {
     "group_norm_silu": _group_norm_silu,
     "timestep_embedding": TIMESTEP_EMBEDDING,
     "reverse_step": _reverse_step,
+    "adam_ema": ADAM_EMA,
 }
-"""The five ops by their names in `ddpm_fast.ops.Ops`."""
+"""The six ops by their names in `ddpm_fast.ops.Ops`."""

@@ -1,10 +1,10 @@
-"""The five ops of the engine in plain PyTorch: what they mean, readable next to the paper.
+"""The six ops of the engine in plain PyTorch: what they mean, readable next to the paper.
 
 The Triton kernels compute the same; `ddpm_fast.ops` chooses between them. Arithmetic is float32, or float64
 where tables or inputs are float64: then these functions are the truth that tests compare with.
 Images may have any memory layout, where kernels take NHWC: shapes are written N, C, H, W whatever the strides. T
-timesteps, K sampling steps, G groups. What changes from call to call (key, sample_index, step) is a device tensor, so
-that a captured graph can be replayed with other values.
+timesteps, K sampling steps, G groups, P numbers in all parameters together. What changes from call to call (key,
+sample_index, step) is a device tensor, so that a captured graph can be replayed with other values.
 """
 
 import math
@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.constants import GROUP_NORM_EPS, Row, Stream, TrainingTable, drop_threshold
+from ddpm_fast.constants import (
+    ADAM_BETAS,
+    ADAM_EPS,
+    GROUP_NORM_EPS,
+    Row,
+    StepFigures,
+    StepNumbers,
+    Stream,
+    TrainingTable,
+    drop_threshold,
+)
 from ddpm_fast.diffusion.noise import NoiseAddress, normal, random_flips, random_words_below
 from ddpm_fast.ops.cpu_group_norm import group_norm
 
@@ -207,3 +217,70 @@ def reverse_step(
     x.copy_(x_next)
     if model_input is not None:
         model_input.copy_(x)
+
+
+def learning_rate_at(step: Tensor, learning_rate: float, warmup_steps: int) -> Tensor:
+    """Return the rate of the step-th update (from 0): a linear rise over the warm-up, then constant; [] float64."""
+    return learning_rate * ((step + 1).double() / max(warmup_steps, 1)).clamp(max=1.0)
+
+
+def ema_decay_at(step: Tensor, ema_decay: float) -> Tensor:
+    """Return the average's decay at a step: small at first, so that it forgets the initial weights; [] float64."""
+    return ((1 + step).double() / (10 + step)).clamp(max=ema_decay)
+
+
+def adam_ema(
+    weights: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ema: Tensor,
+    gradient: Tensor,
+    loss: Tensor,
+    numbers: Tensor,
+    figures: Tensor,
+    low_precision: Tensor | None,
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    clip_norm: float,
+    ema_decay: float,
+) -> None:
+    """Take Adam's n-th step with a clipped gradient, and let the average follow, in place (Kingma and Ba 2015, Alg. 1).
+
+    g = gradient / max(|gradient| / clip_norm, 1);  m = beta1*m + (1 - beta1)*g;  v = beta2*v + (1 - beta2)*g^2;
+    w = w - lr * (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps);  ema = ema + (1 - decay)*(w - ema).
+
+    From the first loss or gradient on that is not finite, no weight, moment, average or count moves any more.
+
+    Args:
+        weights, exp_avg, exp_avg_sq, ema: [P] float32: w, m, v and the average of all parameters side by side.
+        gradient: [P]; plain PyTorch leaves it clipped.
+        loss: [] float32, of the step.
+        numbers: [4] int64, those of `StepNumbers`; the step decides on the rate and the decay.
+        figures: [3] float32, those of `StepFigures`.
+        low_precision: [P], written with the new weights, if the U-Net computes with such; or None.
+        learning_rate, warmup_steps: see `learning_rate_at`.
+        clip_norm: the largest norm of the gradient; 0 is any.
+        ema_decay: see `ema_decay_at`.
+    """
+    number, figure = StepNumbers(*numbers.unbind()), StepFigures(*figures.unbind())
+    norm = torch.linalg.vector_norm(gradient)
+    finite = torch.isfinite(loss) & torch.isfinite(norm)
+    number.bad_step.copy_(torch.where((number.bad_step < 0) & ~finite, number.step, number.bad_step))
+    moves = number.bad_step < 0
+    number.updates.add_(moves)
+    number.loss_steps.add_(moves)
+    figure.learning_rate.copy_(learning_rate_at(number.step, learning_rate, warmup_steps))
+    figure.gradient_norm.copy_(norm)
+    figure.loss_sum.add_(torch.where(moves, loss, 0.0))
+    scale = (norm / clip_norm).clamp(min=1.0) if clip_norm else torch.ones_like(norm)
+    # One pass over memory: it divides by grad_scale and does nothing where found_inf is 1.
+    torch._fused_adam_(
+        [weights], [gradient], [exp_avg], [exp_avg_sq], [], [number.updates.float()],
+        lr=figure.learning_rate, beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], eps=ADAM_EPS,
+        weight_decay=0.0, amsgrad=False, maximize=False, grad_scale=scale.float(), found_inf=(~moves).float(),
+    )  # fmt: skip
+    decay = torch.where(moves, ema_decay_at(number.step, ema_decay), 1.0)
+    ema.lerp_(weights, (1 - decay).to(ema.dtype))
+    if low_precision is not None:
+        low_precision.copy_(weights)

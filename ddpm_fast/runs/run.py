@@ -205,7 +205,7 @@ class Run:
                     raise InterruptedRunError(signals.received, saved)
 
     def _stop_if_not_finite(self) -> None:
-        bad_step = int(self.trainer.bad_step)
+        bad_step = int(self.trainer.numbers.bad_step)
         if bad_step >= 0:
             where = self.trainer.locate_nonfinite()
             good = checkpoint.newest(self.directory)
@@ -225,8 +225,8 @@ class Run:
         metrics: dict[str, Any] = {
             "step": trainer.step,
             "loss": loss,
-            "gradient_norm": float(trainer.gradient_norm),
-            "learning_rate": float(trainer.lr),
+            "gradient_norm": float(trainer.figures.gradient_norm),
+            "learning_rate": float(trainer.figures.learning_rate),
             "wall": {
                 "seconds": round(seconds, 4),
                 "images_per_s": round(steps * self.config.training.batch_size / seconds, 1),

@@ -13,7 +13,6 @@ from ddpm_fast.checks.mathematics import CheckResult, check_start
 from ddpm_fast.config import Config, DiffusionConfig, UNetConfig
 from ddpm_fast.data.dataset import Dataset, open_dataset
 from ddpm_fast.diffusion import noise, samplers, schedule
-from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.model import blocks, unet
 from ddpm_fast.ops import reference
 from ddpm_fast.presets import PRESETS
@@ -145,7 +144,12 @@ def wrong_posterior_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def an_average_that_never_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_update_ema", lambda self, decay: None)
+    update = reference.adam_ema
+
+    def forgetting_it(weights, exp_avg, exp_avg_sq, ema, *rest, **options):
+        update(weights, exp_avg, exp_avg_sq, ema.clone(), *rest, **options)
+
+    replace_op(monkeypatch, adam_ema=forgetting_it)
 
 
 def off_by_one_between_table_and_t(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import torch
 
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig, with_training
 from ddpm_fast.data.dataset import open_dataset
-from ddpm_fast.engine.trainer import Trainer, ema_decay, learning_rate
+from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.errors import InputError, MathematicsError
+from ddpm_fast.ops.reference import ema_decay_at, learning_rate_at
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.run import InterruptedRunError, Run, check_resumable, find_start
 
@@ -170,13 +171,14 @@ def test_a_step_is_adam_with_clipping_warm_up_and_ema():
     trainer.backward()
     truth = [p.detach().double().clone().requires_grad_() for p in trainer.parameters.values()]
     before = [p.detach().clone() for p in truth]
-    for parameter, p in zip(truth, trainer.parameters.values(), strict=True):
-        assert p.grad is not None
-        parameter.grad = p.grad.double()
+    for parameter, gradient in zip(truth, trainer.gradients.values(), strict=True):
+        parameter.grad = gradient.double()
     torch.nn.utils.clip_grad_norm_(truth, 0.01)
-    torch.optim.Adam(truth, lr=float(learning_rate(torch.tensor(0), trainer.config.training))).step()
+    training = trainer.config.training
+    rate = float(learning_rate_at(torch.tensor(0), training.learning_rate, training.warmup_steps))
+    torch.optim.Adam(truth, lr=rate).step()
     trainer.train_step_no_sync()
-    decay = float(ema_decay(torch.tensor(0), trainer.config.training))
+    decay = float(ema_decay_at(torch.tensor(0), training.ema_decay))
     for old, new, p, average in zip(before, truth, trainer.parameters.values(), trainer.ema.values(), strict=True):
         # Adam's first step divides a gradient by its own size: near zero, rounding decides.
         torch.testing.assert_close(p.double(), new, rtol=0, atol=2e-6)
@@ -184,9 +186,8 @@ def test_a_step_is_adam_with_clipping_warm_up_and_ema():
 
 
 def test_warm_ups():
-    config = TrainingConfig(learning_rate=1.0, warmup_steps=4, ema_decay=0.99)
-    assert learning_rate(torch.tensor([0, 1, 3, 4, 100]), config).tolist() == [0.25, 0.5, 1.0, 1.0, 1.0]
-    assert ema_decay(torch.tensor([0, 8, 10**6]), config).tolist() == [0.1, 0.5, 0.99]
+    assert learning_rate_at(torch.tensor([0, 1, 3, 4, 100]), 1.0, 4).tolist() == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert ema_decay_at(torch.tensor([0, 8, 10**6]), 0.99).tolist() == [0.1, 0.5, 0.99]
 
 
 def test_a_loss_that_does_not_fall_is_reported(tmp_path, monkeypatch, capsys):
