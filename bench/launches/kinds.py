@@ -29,12 +29,24 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("shifts' gradients side by side", r"cat"),
     ("gradients added", r"add|slice"),
 )
+UPDATE = "update of the weights"
+GRADIENTS = "gradients side by side in float32"
+ELEMENTS = "PyTorch: single elements and copies"
 PYTORCH: tuple[tuple[str, str], ...] = (
-    ("Adam", r"FusedAdam"),
-    ("passes over all parameters: average, norm", r"multi_tensor_apply|lpnorm"),
-    ("PyTorch: single elements and copies", r""),
+    (UPDATE, r"FusedAdam|NormTwo|lerp"),
+    (GRADIENTS, r"multi_tensor_apply"),
+    (ELEMENTS, r""),
 )
-PASSES = {"_fused_adam_": "Adam"}
+PASSES = {
+    "_foreach_copy_": GRADIENTS,
+    "_foreach_add_": GRADIENTS,
+    "_fused_adam_": UPDATE,
+    "vector_norm": UPDATE,
+    "lerp_": UPDATE,
+    "adam_ema": UPDATE,
+    "copy_": ELEMENTS,
+}
+"""What calls that note their bytes are for; those of other launchers are the engine's kernels."""
 
 
 def _first(table: tuple[tuple[str, str], ...], name: str) -> str | None:
@@ -44,7 +56,7 @@ def _first(table: tuple[tuple[str, str], ...], name: str) -> str | None:
 def kind_of(name: str, moved: int, backward: bool) -> str:
     """Return what a Triton kernel of this name is for; `moved` bytes."""
     if not name.startswith("triton_"):
-        return "the engine's kernels"
+        return UPDATE if name.startswith("adam_") else "the engine's kernels"
     if not backward and "convolution" in name and "to_copy" in name and moved < SMALL:
         return "forward: parameters cast to bfloat16"
     side = "backward" if backward else "forward"
@@ -72,10 +84,8 @@ def count(step: Iterable[Entry]) -> dict[str, dict[str, int]]:
             add(f"{values[0]} (calls)", 1, int(values[1]))
         elif event == "moved":
             name, moved = values[0], int(values[1])
-            if name.startswith("_"):
-                add(PASSES.get(name, PYTORCH[1][0]), 0, moved)
-            elif not name.startswith("triton_"):
-                add("the engine's kernels", 0, moved)
+            if not name.startswith("triton_"):
+                add(PASSES.get(name, "the engine's kernels"), 0, moved)
         elif event == "launch" and values[0] == "triton":
             fused = values[1].startswith("triton_")
             add(kind_of(values[1], moved, backward), 1, moved if fused else 0)

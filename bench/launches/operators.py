@@ -26,12 +26,20 @@ LAUNCHERS = {
     "group_norm_silu_backward": ("group_norm_silu_backward",),
     "timestep_embedding": ("timestep_embedding",),
     "reverse_step": ("reverse_step",),
+    "adam_ema": ("adam_ema",),
 }
 """The engine's launchers by the file below kernels/ that holds them."""
-PASSES = ("_fused_adam_", "_foreach_norm", "_foreach_sub_", "_foreach_mul_", "_foreach_add_")
+PASSES = (
+    (torch, "_foreach_copy_"),
+    (torch, "_foreach_add_"),
+    (torch, "_fused_adam_"),
+    (torch.linalg, "vector_norm"),
+    (Tensor, "lerp_"),
+    (Tensor, "copy_"),
+)
 """PyTorch's passes over all parameters that a training step takes."""
-WRITTEN = {"reverse_step": 1, "_fused_adam_": 4, "_foreach_sub_": 1, "_foreach_mul_": 1, "_foreach_add_": 1}
-"""How many of its first arguments a call writes back: Adam also the gradients, which it scales."""
+WRITTEN = {"reverse_step": 1, "adam_ema": 4, "_foreach_add_": 1, "_fused_adam_": 4, "lerp_": 1}
+"""How many of its first arguments a call reads and writes back: Adam also the gradients, which it scales."""
 
 
 def _call(kind: str, *tensors: Any) -> None:
@@ -151,7 +159,8 @@ def _noting(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
         result = function(*arguments, **options)
         written = arguments[: WRITTEN.get(name, 0)]
-        note("moved", name, size([*arguments, *options.values(), *written, result]))
+        returned = () if name.endswith("_") else (result,)  # in place: one of the arguments
+        note("moved", name, size([*arguments, *options.values(), *written, *returned]))
         return result
 
     return call
@@ -179,8 +188,8 @@ def standing_in():
             module = importlib.import_module(f"ddpm_fast.kernels.{file}")
             for name in names:
                 stack.enter_context(mock.patch.object(module, name, _noting(getattr(module, name), name)))
-        for name in PASSES:
-            stack.enter_context(mock.patch.object(torch, name, _noting(getattr(torch, name), name)))
+        for owner, name in PASSES:
+            stack.enter_context(mock.patch.object(owner, name, _noting(getattr(owner, name), name)))
         run = _run_noting(CachingAutotuner.run)
         stack.enter_context(mock.patch.object(CachingAutotuner, "run", run))
         stack.enter_context(inductor_config.patch(benchmark_kernel=True))  # which counts a kernel's bytes

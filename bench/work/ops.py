@@ -82,6 +82,7 @@ OPERATIONS = {
     ("group_norm_silu", "backward"): 36,
     ("timestep_embedding", ""): 20,
     ("reverse_step", ""): 50,
+    ("adam_ema", ""): 20,
 }
 
 
@@ -97,6 +98,8 @@ def moved_per_element(case: Case) -> int:
         ("timestep_embedding", ""): size,
         # x, read and written, the prediction and, in lower precision, the U-Net's next input
         ("reverse_step", ""): 8 + (4 if case.dtype == torch.float32 else 2 * size),
+        # the gradient, twice as its norm comes first; weights, moments and average, read and written; the copy
+        ("adam_ema", ""): 8 + 32 + (0 if case.dtype == torch.float32 else size),
     }[case.op, case.direction]
 
 

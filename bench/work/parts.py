@@ -41,7 +41,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("attention", r"attention|flash|fmha|_sdpa"),
     ("convolution", r"conv|fprop|dgrad|wgrad|cudnn.*nhwc|implicit_gemm|nchwToNhwc|nhwcToNchw"),
     ("matrix product", r"addmm|aten::b?mm$|_b?mm|gemm|gemv|nvjet|cublas|splitK"),
-    ("optimizer and average", r"[Aa]dam|multi_tensor|_foreach|Optimizer|norm"),
+    ("update of the weights", r"[Aa]dam|multi_tensor|_foreach"),
 )
 OTHER = "copies and elementwise"
 
@@ -68,10 +68,10 @@ def labelled_ops() -> Iterator[None]:
 
 
 def _name_on_cpu(event: FunctionEvent) -> str:
-    """Return the op, or the optimizer, around an operator, else its own name."""
+    """Return the op around an operator, else its own name."""
     name, parent = event.name, event.cpu_parent
     while parent is not None:
-        if parent.name.startswith(("op::", "Optimizer.step")):
+        if parent.name.startswith("op::"):
             name = parent.name
         parent = parent.cpu_parent
     return name

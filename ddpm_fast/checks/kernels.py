@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm_fast.checks.process import CheckResult
 from ddpm_fast.config import Config, UNetConfig
+from ddpm_fast.constants import StepFigures, StepNumbers
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, random_timesteps
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.diffusion.schedule import training_table
@@ -30,7 +31,7 @@ QUICK_IMAGES = 2
 FILES = {"group_norm_silu backward": "kernels/group_norm_silu_backward.py or kernels/group_norm_silu.py"}
 """To look at for an op and direction, where it is not the one file of the op's name."""
 MOST_ELEMENTS = 2**26
-"""Of the largest feature map in full: float64 and its gradients take some 50 bytes each."""
+"""Of the largest feature map in full, and of the weights: float64 and its gradients take some 50 bytes each."""
 
 Op = Callable[..., Any]
 Inputs = dict[str, Tensor]
@@ -178,6 +179,34 @@ def _sampling_cases(config: Config, images: int, device: torch.device, dtype: to
     yield Case("reverse_step", "", shape, dtype, step_inputs, step, _largest)
 
 
+def _update_cases(config: Config, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield adam_ema, of as many numbers as the U-Net has: numbers and steps of about 1, where every fault is seen."""
+    training = config.training
+    with torch.device("meta"):
+        size = min(MOST_ELEMENTS, sum(parameter.numel() for parameter in UNet(config.unet).parameters()))
+    moved = ("weights", "exp_avg", "exp_avg_sq", "ema")
+
+    def step_inputs() -> Inputs:
+        copied = {} if dtype == torch.float32 else {"low_precision": torch.zeros(size, dtype=dtype, device=device)}
+        numbers = StepNumbers(step=training.warmup_steps, updates=5, bad_step=-1, loss_steps=0)
+        return {
+            **{name: _normal((size,), device, seed) for seed, name in enumerate(moved)},
+            "exp_avg_sq": _normal((size,), device, 4).square(),
+            "gradient": _normal((size,), device, 5),
+            "loss": torch.ones((), device=device),
+            "numbers": torch.tensor(numbers, device=device),
+            "figures": torch.zeros(len(StepFigures._fields), device=device),
+            **copied,
+        }
+
+    def update(op: Op, inputs: Inputs) -> Sequence[Tensor]:
+        settings = {"warmup_steps": training.warmup_steps, "clip_norm": size**0.5 / 2, "ema_decay": training.ema_decay}
+        op(**{"low_precision": None, **inputs}, learning_rate=1.0, **settings)
+        return [inputs[name] for name in (*moved, "figures", "low_precision") if name in inputs]
+
+    yield Case("adam_ema", "", (size,), dtype, step_inputs, update, _largest)
+
+
 def _norm_cases(norm: Norm, images: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Yield group_norm_silu, forward and backward."""
     shape, channels = (images, norm.channels, norm.height, norm.width), norm.channels
@@ -211,6 +240,7 @@ def cases(config: Config, images: int, device: torch.device, dtype: torch.dtype)
     """Yield every op at every shape at which this configuration's U-Net uses it."""
     yield from _training_cases(config, images, device, dtype)
     yield from _sampling_cases(config, images, device, dtype)
+    yield from _update_cases(config, device, dtype)
     for norm in norms(config.unet):
         yield from _norm_cases(norm, images, device, dtype)
 

@@ -87,12 +87,14 @@ def test_every_op_runs_at_its_shapes_and_moves_what_it_says():
         "timestep_embedding",
         "reverse_step",
         "group_norm_silu",
+        "adam_ema",
     }
     for op in built.values():
         assert 1 <= len(op.sets) <= MOST_SETS
         op.work(forms(op.op, kernels=False, compiled=False)["reference"])()
     pixels = 2 * 8 * 8
     assert built["q_sample"].moved == pixels * (1 + 4)  # uint8 in, float32 out
+    assert built["adam_ema"].moved == parameters(TINY.unet) * (2 * 4 + 4 * 8)  # the gradient twice, the rest in and out
     assert built["reverse_step"].moved == pixels * (4 + 4 + 4)  # x in and out, prediction in; x is the next input
 
 

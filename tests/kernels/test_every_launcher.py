@@ -2,7 +2,7 @@
 
 Every tensor of every launcher is made wrong, or changed between two replays, one at a time; what a single launcher
 refuses besides (an odd dim, groups that do not divide) is tested beside it.
-Shapes: N images, C channels, H x W pixels, G groups.
+Shapes: N images, C channels, H x W pixels, G groups, P weights.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
+from ddpm_fast.kernels.adam_ema import adam_ema  # noqa: E402
 from ddpm_fast.kernels.group_norm_silu import group_norm_silu  # noqa: E402
 from ddpm_fast.kernels.group_norm_silu_backward import group_norm_silu_backward  # noqa: E402
 from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_backward  # noqa: E402
@@ -20,8 +21,7 @@ from ddpm_fast.kernels.q_sample import q_sample  # noqa: E402
 from ddpm_fast.kernels.reverse_step import reverse_step  # noqa: E402
 from ddpm_fast.kernels.timestep_embedding import timestep_embedding  # noqa: E402
 
-N, C, H, W, G = 2, 8, 5, 7, 2
-
+N, C, H, W, G, P = 2, 8, 5, 7, 2, 70
 
 DROPPING = {"groups": G, "probability": 0.3, "layer": 2}
 LAUNCHERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]] = {
@@ -48,10 +48,24 @@ LAUNCHERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]]
         {"clip": True, "noisy": True},
     ),
     "timestep_embedding": (timestep_embedding, ("t",), {"dim": 8}),
+    "adam_ema": (
+        adam_ema,
+        ("weights", "exp_avg", "exp_avg_sq", "ema", "gradient", "loss", "numbers", "figures", "low_precision"),
+        {"learning_rate": 0.5, "warmup_steps": 5, "clip_norm": 1.0, "ema_decay": 0.9},
+    ),
 }
+WRITTEN = {
+    "reverse_step": ("x", "x0", "model_input"),
+    "adam_ema": ("weights", "exp_avg", "exp_avg_sq", "ema", "numbers", "figures", "low_precision"),
+}
+"""What launchers that return nothing write."""
+ONLY_WRITTEN = ("model_input", "low_precision")
+SINGLE = ("step", "loss")
+"""Tensors of one number, which have no gaps."""
 SIZES = {
     "table": (9, 5), "rows": (9, 8), "grad": (N,), "weight": (C,), "bias": (C,), "shift": (N, C),
-    "mean": (N, G), "rstd": (N, G),
+    "mean": (N, G), "rstd": (N, G), "weights": (P,), "exp_avg": (P,), "exp_avg_sq": (P,), "ema": (P,),
+    "gradient": (P,), "low_precision": (P,), "loss": (), "figures": (3,),
 }  # fmt: skip
 WORDS = {"t": (N,), "sample_index": (N,), "key": (2,), "step": (1,)}
 EVERY_TENSOR = [(launcher, name) for launcher, (_, names, _) in LAUNCHERS.items() for name in names]
@@ -60,6 +74,8 @@ EVERY_TENSOR = [(launcher, name) for launcher, (_, names, _) in LAUNCHERS.items(
 def make(launcher: str, name: str, device: str) -> Tensor:
     """Return a tensor that the launchers take: images as NHWC, rows and words as numbers below 9."""
     generator = torch.Generator().manual_seed(len(name))
+    if name == "numbers":
+        return torch.tensor([3, 2, -1, 1], device=device)  # no bad step yet
     if name in WORDS:
         return torch.randint(0, 9, WORDS[name], generator=generator).to(device)
     if name in SIZES:
@@ -86,8 +102,8 @@ def launch(launcher: str, tensors: dict[str, Tensor]) -> list[Tensor]:
     op, _, options = LAUNCHERS[launcher]
     returned = op(**tensors, **options)
     values = [*returned] if isinstance(returned, tuple | list) else [returned]
-    if launcher == "reverse_step":
-        values = [tensors[name] for name in ("x", "x0", "model_input")]
+    if launcher in WRITTEN:
+        values = [tensors[name] for name in WRITTEN[launcher]]
     return values
 
 
@@ -104,8 +120,9 @@ def test_two_runs_agree_bit_for_bit_and_leave_nothing_out(launcher, device):
 
 @pytest.mark.parametrize(("launcher", "name"), EVERY_TENSOR)
 def test_a_wrong_shape_is_refused(launcher, name, device):
-    wrong = make(launcher, name, device)[..., :-1].clone(memory_format=torch.preserve_format)
-    if name in ("images", "x") and name == LAUNCHERS[launcher][1][0]:
+    wrong = make(launcher, name, device)
+    wrong = wrong[..., :-1].clone(memory_format=torch.preserve_format) if wrong.ndim else wrong[None]
+    if name in ("images", "x", "weights") and name == LAUNCHERS[launcher][1][0]:
         wrong = make(launcher, name, device)[0]  # whatever shape the first has is what the others must have
     elif launcher == "timestep_embedding":
         wrong = make(launcher, name, device)[None]
@@ -125,9 +142,9 @@ def test_a_wrong_device_is_refused(launcher, name, device):
         launch(launcher, tensors_of(launcher, device) | {name: make(launcher, name, device).to("meta")})
 
 
-@pytest.mark.parametrize(("launcher", "name"), [pair for pair in EVERY_TENSOR if pair[1] != "step"])
+@pytest.mark.parametrize(("launcher", "name"), [pair for pair in EVERY_TENSOR if pair[1] not in SINGLE])
 def test_gaps_in_memory_are_refused(launcher, name, device):
-    """Of the last dimension every second element, among NaN; a single one, as step is, has no gaps."""
+    """Of the last dimension every second element, among NaN."""
     whole = make(launcher, name, device)
     gaps = torch.full((*whole.shape, 2), 113, dtype=whole.dtype, device=device)[..., 0].copy_(whole)
     with pytest.raises(ValueError, match=f"^{name} has strides .*: it takes"):
@@ -146,7 +163,8 @@ def test_a_cpu_is_refused_outside_the_interpreter(launcher, monkeypatch):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_dtype_that_a_message_names_is_taken(launcher, dtype, device):
     """Where one tensor may have it, all that may have it do, but for those of float32 alone."""
-    alone = {"table", "rows", "grad", "mean", "rstd", *(("x", "x0") if launcher == "reverse_step" else ())}
+    alone = {"table", "rows", "grad", "mean", "rstd", "weights", "exp_avg", "exp_avg_sq", "ema", "loss", "numbers"}
+    alone |= {"figures", *(("x", "x0") if launcher == "reverse_step" else ())}
     names = [name for name in LAUNCHERS[launcher][1] if name not in WORDS and name not in alone]
     launch(launcher, tensors_of(launcher, device) | {name: make(launcher, name, device).to(dtype) for name in names})
 
@@ -164,9 +182,9 @@ def test_the_host_never_waits(launcher, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("launcher", "name"), [pair for pair in EVERY_TENSOR if pair[1] != "model_input"])
+@pytest.mark.parametrize(("launcher", "name"), [pair for pair in EVERY_TENSOR if pair[1] not in ONLY_WRITTEN])
 def test_a_replayed_graph_reads_every_tensor_anew(launcher, name, device):
-    """Key, step and sample_index among them; model_input is only written."""
+    """Key, step and sample_index among them."""
     tensors = tensors_of(launcher, device)
     launch(launcher, copies(tensors))  # compiles, which no capture survives
     graph = torch.cuda.CUDAGraph()

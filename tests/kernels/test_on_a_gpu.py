@@ -21,7 +21,15 @@ from ddpm_fast.ops.fused import NOISE_MSE_BACKWARD
 
 FUSED = fused_ops()
 pytestmark = pytest.mark.gpu
-OPS = ("q_sample", "noise_mse", "noise_mse_backward", "group_norm_silu", "timestep_embedding", "reverse_step")
+OPS = (
+    "q_sample",
+    "noise_mse",
+    "noise_mse_backward",
+    "group_norm_silu",
+    "timestep_embedding",
+    "reverse_step",
+    "adam_ema",
+)
 
 
 class Call:
@@ -37,7 +45,10 @@ class Call:
         self.table = training_table(DiffusionConfig()).cuda()
         self.rows = sampler_table(DiffusionConfig()).rows.float().cuda()
         self.run: Callable[[], Tensor] = getattr(self, op)
-        self.changing = {"timestep_embedding": self.t, "reverse_step": self.step}.get(op, self.key)
+        self.numbers = torch.tensor([3, 2, -1, 1], device="cuda")
+        self.changing = {"timestep_embedding": self.t, "reverse_step": self.step, "adam_ema": self.numbers[:2]}.get(
+            op, self.key
+        )
 
     def address(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.t, self.table, self.key, self.index
@@ -66,6 +77,13 @@ class Call:
         x, prediction = self.three(0), self.three(3)
         FUSED.reverse_step(x, prediction, self.rows, self.step, self.key, self.index, clip=True, noisy=True)
         return x
+
+    def adam_ema(self) -> Tensor:
+        weights, exp_avg, exp_avg_sq, ema, gradient = self.x.abs().flatten(1)[0].repeat(5, 1).unbind()
+        numbers, figures = self.numbers.clone(), torch.zeros(3, device="cuda")
+        state = (weights, exp_avg, exp_avg_sq, ema, gradient, self.table.sum(), numbers, figures)
+        FUSED.adam_ema(*state, None, learning_rate=0.1, warmup_steps=9, clip_norm=1.0, ema_decay=0.9)
+        return weights
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -76,6 +76,16 @@ def test_registration_of_timestep_embedding() -> None:
     opcheck(fused.TIMESTEP_EMBEDDING, (torch.tensor([3, 5], device=DEVICE), 8, torch.float32), test_utils=ALL)
 
 
+@pytest.mark.parametrize("low_precision", [None, torch.bfloat16])
+def test_registration_of_adam_ema(low_precision: torch.dtype | None) -> None:
+    state = [torch.rand(70, device=DEVICE) for _ in range(5)]  # weights, moments, average, gradient
+    numbers, figures = torch.tensor([3, 2, -1, 1], device=DEVICE), torch.zeros(3, device=DEVICE)
+    copied = None if low_precision is None else torch.zeros(70, dtype=low_precision, device=DEVICE)
+    options = {"learning_rate": 0.1, "warmup_steps": 5, "clip_norm": 1.0, "ema_decay": 0.99}
+    arguments = (*state, torch.ones((), device=DEVICE), numbers, figures, copied)
+    opcheck(fused.ADAM_EMA, arguments, options, test_utils=ALL)
+
+
 @pytest.mark.parametrize(("shift", "dropout"), [(False, False), (True, True)])
 def test_registration_of_group_norm_silu(shift: bool, dropout: bool) -> None:
     given = norm(shift, dropout)
