@@ -15,6 +15,14 @@ Variance = Literal["small", "large"]
 Spacing = Literal["trailing", "leading", "linspace"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
+# fmt: off
+Stage = Literal[
+    "data", "order", "timesteps", "flip", "noise", "schedule", "q_sample",  # up to x_t
+    "weights", "network", "dropout", "target", "loss", "gradient", "clipping", "optimizer", "ema", "fit",  # training
+    "sampler", "variance", "pixels", "checkpoint", "kernels", "configuration",  # sampling, and the whole
+]
+# fmt: on
+"""What is checked, in the order in which a run goes through it."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +241,19 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
+class CheckConfig:
+    """How much may differ from the paper before training is refused."""
+
+    accept: tuple[Stage, ...] = ()
+    """Stages of the check whose faults are meant: they are said, and training goes on."""
+    strict: bool = False
+    """Refuse to train also where something is consistent, but another thing than the paper's."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides what a run computes."""
 
@@ -242,6 +263,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    checks: CheckConfig = field(default_factory=CheckConfig)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -255,11 +277,8 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
         InputError: a key is unknown, or a value is refused by its dataclass.
     """
-    parts = {"unet": UNetConfig, "diffusion": DiffusionConfig, "data": DataConfig, "training": TrainingConfig}
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        built[name] = _part_from_dict(parts[name], value) if name in parts else value
-    return _part_from_dict(Config, built)
+    parts = {f.name: f.type for f in dataclasses.fields(Config) if isinstance(f.type, type) and f.type is not str}
+    return _part_from_dict(Config, {k: _part_from_dict(parts[k], v) if k in parts else v for k, v in values.items()})
 
 
 def _part_from_dict(cls: type, values: Any) -> Any:

@@ -93,9 +93,11 @@ def require_types(part: Any) -> None:
             kind = get_args(kind)[0]
         is_value = f"{flag(f.name)} is {reprlib.repr(value)}"
         if get_origin(kind) is Literal:
-            choices = get_args(kind)
-            suggestion = nearest(str(value), choices)
-            require(value in choices, f"{is_value}: it must be one of {', '.join(map(repr, choices))}.{suggestion}")
+            _require_choice(is_value, value, get_args(kind))
+        elif get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal:
+            require(isinstance(value, tuple), f"{is_value}: it must be a list")
+            for entry in value:
+                _require_choice(f"{flag(f.name)} has {entry!r}", entry, get_args(get_args(kind)[0]))
         elif get_origin(kind) is tuple:
             whole = isinstance(value, tuple) and all(type(entry) is int for entry in value)
             require(whole, f"{is_value}: it must be whole numbers")
@@ -103,6 +105,11 @@ def require_types(part: Any) -> None:
             fits = type(value) is kind or (kind is float and type(value) is int)
             require(fits, f"{is_value}: it must be {_KINDS[kind]}")
             require(kind is not float or math.isfinite(value), f"{is_value}: it must be finite")
+
+
+def _require_choice(is_value: str, value: Any, choices: tuple[str, ...]) -> None:
+    wanted = f"it must be one of {', '.join(map(repr, choices))}"
+    require(value in choices, f"{is_value}: {wanted}.{nearest(str(value), choices)}")
 
 
 def require_seed(seed: int) -> None:

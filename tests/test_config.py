@@ -50,7 +50,7 @@ BAD = [
     (TrainingConfig, "clip_norm", -1.0, "not be negative"),
     (TrainingConfig, "min_snr_gamma", -1.0, "not be negative"),
     (TrainingConfig, "learning_rate", 0.0, "must be positive"),
-    (TrainingConfig, "learning_rate", float("nan"), "must be positive"),
+    (TrainingConfig, "learning_rate", float("nan"), "must be finite"),
     (TrainingConfig, "ema_decay", 1.0, "[0, 1)"),
     (TrainingConfig, "seed", -1, "0..2**64-1"),
     (TrainingConfig, "seed", 2**64, "0..2**64-1"),
@@ -92,6 +92,7 @@ def test_every_field_survives_a_round_trip_when_it_is_not_the_default():
         DiffusionConfig(77, "sigmoid", 0.001, 0.03, "v", "small", False),
         config.DataConfig("pictures", "0..1", True, True),
         TrainingConfig(7, 12, 3, 1e-3, 5, 0.5, 0.9, 5.0, 2**64 - 1, "cpu", "bf16", False, False, False, 3, 4, 5),
+        config.CheckConfig(("ema", "sampler"), True),
     )
     default = Config()
     for part in dataclasses.fields(Config)[1:]:

@@ -63,7 +63,7 @@ def _differences(saved: Config, asked: Config) -> list[str]:
 
 
 def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
-    """Refuse to continue a run as another one: only --steps may be raised.
+    """Refuse to continue a run as another one: --steps may be raised, and what is checked may change.
 
     Raises:
         InputError: a flag or the data differ from the run's config.json.
@@ -73,7 +73,7 @@ def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
         return
     saved, saved_fingerprint = found
     steps = config.training.steps
-    differing = _differences(with_training(saved, steps=steps), config)
+    differing = _differences(replace(with_training(saved, steps=steps), checks=config.checks), config)
     if differing:
         raise InputError(
             f"{run} was started otherwise ({'; '.join(differing)}): leave the flag out, or use another --out"
