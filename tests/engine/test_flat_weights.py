@@ -84,14 +84,26 @@ def test_in_bfloat16_losses_and_gradients_are_those_of_autocast():
         assert torch.equal(a, b), name
 
 
+def test_in_bfloat16_the_loss_compiles_whole():
+    made = trainer(accumulate=2)
+    made.load_batch()
+    made.backward()
+    eager = made.flat.gradient.clone()
+    made.flat.gradient.fill_(torch.nan)
+    torch._dynamo.reset()
+    made._compiled_loss = torch.compile(made._loss_of_batch, dynamic=False, fullgraph=True, backend="aot_eager")
+    made.backward()
+    for name, gradient in made.flat.named(eager).items():
+        torch.testing.assert_close(made.gradients[name], gradient, rtol=0, atol=0.02 * float(gradient.abs().max()))
+
+
 def test_the_copy_in_bfloat16_is_rounded_from_the_weights_after_every_step():
     made = trainer()
+    computing, low = dict(made.flat.network.named_parameters()), made.unet.low_precision_parameters()
     for _ in range(3):
         before = made.flat.weights.clone()
         made.train_step_no_sync()
         assert not torch.equal(before, made.flat.weights)
-        computing = dict(made.flat.network.named_parameters())
-        low = made.unet.low_precision_parameters()
         for name, parameter in made.parameters.items():
             assert torch.equal(computing[name], parameter.bfloat16() if name in low else parameter), name
     assert {p.dtype for name, p in computing.items() if ".norm" in name or "conv1.bias" in name} == {torch.float32}

@@ -3,6 +3,7 @@
 Shapes: P weights, K steps.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ from ddpm_fast.constants import STEP_FIGURE, STEP_NUMBER
 from ddpm_fast.ops import reference
 
 pytest.importorskip("triton")
+from ddpm_fast.kernels import adam_ema as module
 from ddpm_fast.kernels.adam_ema import BLOCK, PARTIALS, SQUARES, adam_ema
 
 OPTIONS: dict[str, Any] = {"learning_rate": 0.5, "warmup_steps": 3, "clip_norm": 1.5, "ema_decay": 0.9}
@@ -34,10 +36,6 @@ class State(NamedTuple):
 def take_step(form: str, state: State, gradient: Tensor, loss: Tensor, options: dict[str, Any] = OPTIONS) -> None:
     moved, (low_precision, numbers, figures) = state[:4], state[4:]
     FORMS[form](*moved, gradient.clone(), loss, numbers, figures, low_precision, **options)
-
-
-def copied(state: State) -> State:
-    return State(*(value if value is None else value.clone() for value in state))
 
 
 def normal(P: int, seed: int, device: str) -> Tensor:
@@ -90,7 +88,7 @@ def check(P: int, device: str, form: str = "kernel", dtype: torch.dtype = torch.
     low = changes.pop("low_precision", None)
     where = {name: changes.pop(name) for name in ("step", "updates") if name in changes}
     state, options, gradient = start(P, device, low, **where), OPTIONS | changes, normal(P, 5, device).to(dtype)
-    before = copied(state)
+    before = copy.deepcopy(state)
     truth = formula(before, gradient, options)
     take_step(form, state, gradient, torch.tensor(0.25, device=device), options)
     bounds = derive(truth, before, options)
@@ -138,14 +136,16 @@ def test_any_size(draw, device):
     check(draw.randint(1, 2000), device, step=draw.randint(0, 50), updates=draw.randint(0, 50))
 
 
-def test_squares_are_added_over_all_programs(device):
-    """More programs than are added at once, of which each has one number that counts."""
-    programs = PARTIALS.value + 3
-    gradient = torch.zeros(programs * SQUARES.value if device == "cuda" else 3 * SQUARES.value, device=device)
-    gradient[:: SQUARES.value] = 3.0
-    state = start(len(gradient), device)
-    take_step("kernel", state, gradient, torch.tensor(0.0, device=device))
-    expected = 3 * (len(gradient) / SQUARES.value) ** 0.5
+@pytest.mark.parametrize("partials", [1, PARTIALS.value - 1, PARTIALS.value + 1, 3 * PARTIALS.value])
+def test_the_norm_is_taken_over_all_programs(partials, device):
+    """Four million weights have more programs than are added at once: here their sums are made up."""
+    sums = torch.rand(partials, generator=torch.Generator().manual_seed(partials)).to(device)
+    state, scalars = start(1, device), torch.full((module.SCALARS,), torch.nan, device=device)
+    tensors = {"partial_ptr": sums, "scalars_ptr": scalars, "loss_ptr": torch.zeros((), device=device)}
+    tensors |= {"numbers_ptr": state.numbers, "figures_ptr": state.figures}
+    settings: dict[str, Any] = {"learning_rate": 0.1, "warmup_steps": 1, "clip_norm": 0.0, "least_follow": 0.1}
+    module.adam_scalars_kernel[(1,)](**tensors, partials=partials, **settings)
+    expected = float(sums.double().sum()) ** 0.5
     assert float(state.figures[STEP_FIGURE.gradient_norm]) == pytest.approx(expected, rel=1e-6)
 
 
@@ -179,9 +179,10 @@ def test_from_the_first_step_that_is_not_finite_nothing_moves(where, value, form
     state, loss = start(90, device, torch.bfloat16, step=5, updates=5), torch.tensor(0.25, device=device)
     good, bad = normal(90, 5, device), {"gradient": normal(90, 5, device), "loss": loss.clone()}
     take_step(form, state, good, loss)
-    before = copied(state)
+    before = copy.deepcopy(state)
     bad[where].view(-1)[-1] = value
-    for step, (gradient, given_loss) in enumerate([(bad["gradient"], bad["loss"]), (good, loss)], 6):
+    broken = bad["gradient"], bad["loss"]
+    for step, (gradient, given_loss) in enumerate([broken, (good, loss), broken], 6):
         state.numbers[STEP_NUMBER.step] = step
         take_step(form, state, gradient, given_loss)
         for name, now, then in zip(State._fields[:5], state, before, strict=False):
