@@ -9,10 +9,13 @@ group:
     dx = db * slope - c1 - u * c2                   dshift = slope * A - H * W * c1 - U * c2
     dweight = sum over images rstd * B              dbias = sum over images A
 
+Where x also goes to a residual connection, the gradient from there, `other`, is added in float32 while dx is written:
+left to autograd, that is a pass of its own, two reads and a write.
+
 Layout and division of the work: see `group_norm_tiles`; a split gathers A, B and U of slices, [N, S, 3, C]. Arithmetic
 in float32. Kept from the forward pass: x, mean and rstd, nothing of y. The sums over images are taken from [N, 2, C]
 float32 by a last small kernel. No atomics, every order fixed: two runs agree bit for bit.
-Bytes moved, of 2 or 4 per element: 3 elements' worth (one tile, loop) or 5 (split). Not yet timed on a GPU.
+Bytes moved, of 2 or 4 per element: 3 elements' worth (one tile, loop) or 5 (split), 1 more of `other`. Not yet timed.
 Shapes: N image, C channel, H x W pixels, G group, D = C / G channels per group, S slice of pixels.
 """
 
@@ -38,7 +41,8 @@ from ddpm_fast.kernels.group_norm_tiles import (
     store_tile,
 )
 
-PARAMETER_BLOCK = tl.constexpr(32)  # channels and images at a time
+PARAMETER_CHANNELS = tl.constexpr(8)  # a memory sector of float32: many programs, each of which waits for memory once
+PARAMETER_IMAGES = tl.constexpr(128)  # at a time
 
 
 @triton.jit
@@ -152,6 +156,7 @@ def input_gradient_kernel(
     shift,  # [N, C], rows apart by shift_stride, or None
     key,  # [2] int64 words or None: no dropout
     sample_index,  # [N] int64
+    other,  # [N, H, W, C], added to dx, or None
     partials,  # [N, S, 3, C] float32, read where SLICES > 1
     dx,  # [N, H, W, C]
     dshift,  # [N, C] or None
@@ -176,6 +181,8 @@ def input_gradient_kernel(
     x += start_of_slice
     dy += start_of_slice
     dx += start_of_slice
+    if other is not None:
+        other += start_of_slice
     if SLICES > 1:
         a = sum_slices(partials, image, channel, real, C, SLICES, BLOCK_S)
         b = sum_slices(partials + C, image, channel, real, C, SLICES, BLOCK_S)
@@ -188,6 +195,9 @@ def input_gradient_kernel(
     c2 = by_channel(by_group(slope * b, place, BLOCK_G) / members, place) * (rstd_c * rstd_c)
     if ONE:
         value = db * slope[None, :] - c1[None, :] - u * c2[None, :]
+        if other is not None:  # not loaded before the sums: it would take up registers while they are taken
+            added, mask = load_tile(other, 0, pixels, channel, real, C, BLOCK_P, "evict_first")
+            value += added
         store_tile(dx, 0, value, mask, channel, C, BLOCK_P)
     else:
         for start in range(0, pixels, BLOCK_P):
@@ -195,6 +205,9 @@ def input_gradient_kernel(
                 x, dy, start, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, "evict_first", SILU
             )
             value = next_db * slope[None, :] - c1[None, :] - next_u * c2[None, :]
+            if other is not None:
+                added, inside = load_tile(other, start, pixels, channel, real, C, BLOCK_P, "evict_first")
+                value += added
             store_tile(dx, start, value, inside, channel, C, BLOCK_P)
 
     if index == 0:
@@ -214,18 +227,17 @@ def parameter_gradient_kernel(
     N,
     C: tl.constexpr,
 ):
-    channel = tl.program_id(0) * PARAMETER_BLOCK + tl.arange(0, PARAMETER_BLOCK)
-    index = tl.arange(0, PARAMETER_BLOCK)
-    weight_sum = tl.zeros([PARAMETER_BLOCK, PARAMETER_BLOCK], tl.float32)
-    bias_sum = tl.zeros([PARAMETER_BLOCK, PARAMETER_BLOCK], tl.float32)
-    for first in range(0, N, PARAMETER_BLOCK):
-        image = first + index
-        mask = (image < N)[:, None] & (channel < C)[None, :]
-        row = parameter_sums + (image.to(tl.int64) * (2 * C))[:, None] + channel[None, :]
-        weight_sum += tl.load(row, mask=mask, other=0.0)
-        bias_sum += tl.load(row + C, mask=mask, other=0.0)
-    tl.store(dweight + channel, tl.sum(weight_sum, axis=0), mask=channel < C)
-    tl.store(dbias + channel, tl.sum(bias_sum, axis=0), mask=channel < C)
+    channel = tl.program_id(0) * PARAMETER_CHANNELS + tl.arange(0, PARAMETER_CHANNELS)
+    of_bias, real = tl.program_id(1), channel < C
+    terms = tl.zeros([PARAMETER_IMAGES, PARAMETER_CHANNELS], tl.float32)
+    for first in range(0, N, PARAMETER_IMAGES):
+        image = first + tl.arange(0, PARAMETER_IMAGES)
+        row = (2 * image.to(tl.int64) + of_bias) * C
+        mask = (image < N)[:, None] & real[None, :]
+        terms += tl.load(parameter_sums + row[:, None] + channel[None, :], mask=mask, other=0.0)
+    total = tl.sum(terms, axis=0)
+    tl.store(dweight + channel, total, mask=real & (of_bias == 0))
+    tl.store(dbias + channel, total, mask=real & (of_bias == 1))
 
 
 def group_norm_silu_backward(
@@ -238,6 +250,7 @@ def group_norm_silu_backward(
     shift: Tensor | None = None,
     key: Tensor | None = None,
     sample_index: Tensor | None = None,
+    other: Tensor | None = None,
     *,
     groups: int,
     silu: bool = True,
@@ -250,6 +263,7 @@ def group_norm_silu_backward(
         dy: [N, C, H, W], the loss's gradient by y; x's dtype, channels_last.
         mean, rstd: [N, G] float32, from the forward pass.
         x and what follows: as in the forward pass.
+        other: like dy, to be added to dx: the loss's gradient by x from where else x is used.
 
     Returns:
         dx, dweight, dbias and, if there is a shift, dshift, each like what it belongs to.
@@ -260,6 +274,8 @@ def group_norm_silu_backward(
     check_inputs(x, weight, bias, shift, groups)
     N, C, _, _ = x.shape
     checks.check_images("dy", dy, x.shape, (x.dtype,), x.device)
+    if other is not None:
+        checks.check_images("other", other, x.shape, (x.dtype,), x.device)
     checks.check_dense("mean", mean, (N, groups), (torch.float32,), x.device)
     checks.check_dense("rstd", rstd, (N, groups), (torch.float32,), x.device)
     random = dropout_arguments(x, key, sample_index, probability, layer)
@@ -277,8 +293,8 @@ def group_norm_silu_backward(
             sums_kernel[grid](**shared)
         if N:
             shared |= {"BLOCK_S": triton.next_power_of_2(chosen.slices), "ONE": chosen.one_tile}
-            input_gradient_kernel[grid](dx=dx, dshift=dshift, parameter_sums=parameter_sums, **shared)
-        parameter_gradient_kernel[(triton.cdiv(C, PARAMETER_BLOCK.value),)](
+            input_gradient_kernel[grid](other=other, dx=dx, dshift=dshift, parameter_sums=parameter_sums, **shared)
+        parameter_gradient_kernel[(triton.cdiv(C, PARAMETER_CHANNELS.value), 2)](
             parameter_sums=parameter_sums, dweight=dweight, dbias=dbias, N=N, C=C
         )
     return [dx, dweight, dbias] if dshift is None else [dx, dweight, dbias, dshift]

@@ -47,8 +47,9 @@ def unet_elements(config: UNetConfig) -> tuple[int, int]:
     """Return the activations per image that layers read and write, and the weights that they read, in elements."""
     activations, weights = 0, 0
 
-    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
         nonlocal activations, weights
+        output = output[0] if isinstance(output, tuple) else output  # a norm may hand its input on, too
         activations += inputs[0].numel() + output.numel()
         weights += sum(parameter.numel() for parameter in module.parameters())
 

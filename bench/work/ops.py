@@ -80,6 +80,8 @@ OPERATIONS = {
     ("noise_mse", "backward"): 100,
     ("group_norm_silu", "forward"): 12,
     ("group_norm_silu", "backward"): 36,
+    ("group_norm_silu_and_residual", "forward"): 12,
+    ("group_norm_silu_and_residual", "backward"): 37,
     ("timestep_embedding", ""): 20,
     ("reverse_step", ""): 50,
     ("adam_ema", ""): 20,
@@ -95,6 +97,8 @@ def moved_per_element(case: Case) -> int:
         ("noise_mse", "backward"): 2 * (1 + size) + size,  # the same twice, and the gradient
         ("group_norm_silu", "forward"): 2 * size,  # x; y
         ("group_norm_silu", "backward"): 5 * size,  # x; y; x and dy; dx
+        ("group_norm_silu_and_residual", "forward"): 2 * size,
+        ("group_norm_silu_and_residual", "backward"): 6 * size,  # the same, and the gradient past the branch
         ("timestep_embedding", ""): size,
         # x, read and written, the prediction and, in lower precision, the U-Net's next input
         ("reverse_step", ""): 8 + (4 if case.dtype == torch.float32 else 2 * size),
@@ -115,7 +119,8 @@ def _key(case: Case) -> str:
     norm, backward = case.norm, "-backward" if case.direction == "backward" else ""
     if norm is None:
         return case.op + backward
-    options = ("-shift" if norm.shift else "") + ("-silu" if norm.silu else "")
+    flags = {"shift": norm.shift, "silu": norm.silu, "residual": norm.residual}
+    options = "".join(f"-{name}" for name, present in flags.items() if present)
     return f"group_norm-{norm.channels}x{norm.height}x{norm.width}{options}{backward}"
 
 

@@ -20,7 +20,7 @@ from ddpm_fast.constants import StepFigures, StepNumbers
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, random_timesteps
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.diffusion.schedule import training_table
-from ddpm_fast.model.blocks import FusedGroupNorm
+from ddpm_fast.model.blocks import FusedGroupNorm, ResidualGroupNorm
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import REFERENCE, Ops
 from ddpm_fast.ops.reference import Dropout
@@ -28,7 +28,12 @@ from ddpm_fast.ops.reference import Dropout
 SLACK = 8
 """Roundings that the tests do not allow: here a false alarm would stop a user's run, and a fault costs thousands."""
 QUICK_IMAGES = 2
-FILES = {"group_norm_silu backward": "kernels/group_norm_silu_backward.py or kernels/group_norm_silu.py"}
+_BACKWARD = "kernels/group_norm_silu_backward.py or kernels/group_norm_silu.py"
+FILES = {
+    "group_norm_silu backward": _BACKWARD,
+    "group_norm_silu_and_residual forward": "kernels/group_norm_silu.py",
+    "group_norm_silu_and_residual backward": _BACKWARD,
+}
 """To look at for an op and direction, where it is not the one file of the op's name."""
 MOST_ELEMENTS = 2**26
 """Of the largest feature map in full, and of the weights: float64 and its gradients take some 50 bytes each."""
@@ -47,6 +52,8 @@ class Norm(NamedTuple):
     silu: bool
     shift: bool
     dropout: float
+    residual: bool
+    """Whether x goes on to a residual connection as well."""
 
 
 class Case(NamedTuple):
@@ -75,7 +82,8 @@ def norms(config: UNetConfig) -> Counter[Norm]:
         shift, dropout = (*rest, None, None)[:2]
         _, channels, height, width = x.shape
         probability = 0.0 if dropout is None else dropout.probability
-        found[Norm(channels, height, width, module.groups, module.silu, shift is not None, probability)] += 1
+        options = module.groups, module.silu, shift is not None, probability, isinstance(module, ResidualGroupNorm)
+        found[Norm(channels, height, width, *options)] += 1
 
     with torch.device("meta"):
         unet = UNet(config)
@@ -208,12 +216,13 @@ def _update_cases(config: Config, device: torch.device, dtype: torch.dtype) -> I
 
 
 def _norm_cases(norm: Norm, images: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Yield group_norm_silu, forward and backward."""
+    """Yield group_norm_silu, or its form for residual branches, forward and backward."""
     shape, channels = (images, norm.channels, norm.height, norm.width), norm.channels
-    dropout = None
+    options: dict[str, Any] = {"groups": norm.groups, "silu": norm.silu}
     if norm.dropout:
-        dropout = Dropout(norm.dropout, key_from_seed(0, device), torch.arange(images, device=device), 1)
-    options = {"groups": norm.groups, "silu": norm.silu, "dropout": dropout}
+        index = torch.arange(images, device=device)
+        options["dropout"] = Dropout(norm.dropout, key_from_seed(0, device), index, 1)
+    gradients = ("dy", "other") if norm.residual else ("dy",)
 
     def forward_inputs() -> Inputs:
         weight, bias = 1 + 0.1 * _normal((channels,), device, 1), 0.1 * _normal((channels,), device, 2)
@@ -221,17 +230,21 @@ def _norm_cases(norm: Norm, images: int, device: torch.device, dtype: torch.dtyp
         return {"x": _maps(shape, device, 0).to(dtype), "weight": weight, "bias": bias, **shift}
 
     def backward_inputs() -> Inputs:
-        return {**forward_inputs(), "dy": _maps(shape, device, 4).to(dtype)}
+        random = {name: _maps(shape, device, 4 + place).to(dtype) for place, name in enumerate(gradients)}
+        return {**forward_inputs(), **random}
 
     def normalize(op: Op, inputs: Inputs) -> Sequence[Tensor]:
-        return [op(**inputs, **options)]
+        found = op(**inputs, **options)
+        return found if norm.residual else [found]
 
     def differentiate(op: Op, inputs: Inputs) -> Sequence[Tensor]:
-        given = {name: value.requires_grad_() for name, value in inputs.items() if name != "dy"}
-        y = op(**given, **options)
-        return torch.autograd.grad(y, list(given.values()), inputs["dy"].to(y.dtype))
+        given = {name: value.requires_grad_() for name, value in inputs.items() if name not in gradients}
+        found = normalize(op, given)
+        towards = [inputs[name].to(found[0].dtype) for name in gradients]
+        return torch.autograd.grad(found, list(given.values()), towards)
 
-    case = partial(Case, "group_norm_silu", norm=norm, shape=shape, dtype=dtype)
+    name = "group_norm_silu_and_residual" if norm.residual else "group_norm_silu"
+    case = partial(Case, name, norm=norm, shape=shape, dtype=dtype)
     yield case("forward", make=forward_inputs, run=normalize, scales=_largest)
     yield case("backward", make=backward_inputs, run=differentiate, scales=_largest_with_shift)
 
@@ -282,6 +295,6 @@ def kernel_table(ops: Ops, config: Config, device: torch.device, dtype: torch.dt
     """Yield the same at training's batch size as the rows of a table, each with whether it is right."""
     largest = max(norm.channels * norm.height * norm.width for norm in norms(config.unet))
     images = max(1, min(config.training.batch_size, MOST_ELEMENTS // largest))
-    yield f"{'kernel':<25} {'worst at':<18} {'error':>8} {'bound':>8}", True
+    yield f"{'kernel':<38} {'worst at':<18} {'error':>8} {'bound':>8}", True
     for name, (error, bound, shape) in worst_cases(ops, config, images, device, dtype).items():
-        yield f"{name:<25} {shape:<18} {error:8.1e} {bound:8.1e}", error <= bound
+        yield f"{name:<38} {shape:<18} {error:8.1e} {bound:8.1e}", error <= bound

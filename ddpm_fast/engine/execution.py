@@ -120,8 +120,10 @@ def disable_malloc_trim() -> None:
 def set_compile_cache() -> None:
     """Keep what compilers make in the cache directory, so that a second run starts within seconds.
 
-    PyTorch's own place is below /tmp and does not survive a restart. Places that the user has set stay.
+    PyTorch's own place is below /tmp and does not survive a restart. Places that the user has set stay. A graph with an
+    autograd function of our own is kept only if allowed: its code is then part of what the graph is found by.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory() / "triton"))
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True

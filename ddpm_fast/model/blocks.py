@@ -33,6 +33,14 @@ class FusedGroupNorm(nn.Module):
         return self.ops.group_norm_silu(x, self.weight, self.bias, self.groups, **options)
 
 
+class ResidualGroupNorm(FusedGroupNorm):
+    """The norm at the head of a residual branch; see `reference.group_norm_silu_and_residual`."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the branch's input, and x for the connection past the branch."""
+        return self.ops.group_norm_silu_and_residual(x, self.weight, self.bias, self.groups, silu=self.silu)
+
+
 class ConvBeforeShift(nn.Conv2d):
     """A 3x3 convolution without its bias, which the time embedding's shift brings: see `UNet.time_shifts`.
 
@@ -48,7 +56,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = FusedGroupNorm(channels_in, groups)
+        self.norm1 = ResidualGroupNorm(channels_in, groups)
         self.conv1 = ConvBeforeShift(channels_in, channels_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding, channels_out)
         self.norm2 = FusedGroupNorm(channels_out, groups)
@@ -62,8 +70,8 @@ class ResBlock(nn.Module):
         dropout = None
         if dropout_address is not None and self.dropout > 0:
             dropout = Dropout(self.dropout, *dropout_address, self.layer)
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h, shift, dropout))
+        h, x = self.norm1(x)
+        h = self.conv2(self.norm2(self.conv1(h), shift, dropout))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -72,7 +80,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = FusedGroupNorm(channels, groups, silu=False)
+        self.group_norm = ResidualGroupNorm(channels, groups, silu=False)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -85,7 +93,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, H*W, C]
+        h, x = self.group_norm(x)
+        pixels = h.flatten(2).transpose(1, 2)  # [N, H*W, C]
         q, k, v = (project(pixels)[:, None] for project in (self.to_q, self.to_k, self.to_v))
         mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # scale C^-0.5
         h = self.output(mixed).transpose(1, 2).unflatten(2, (height, width))

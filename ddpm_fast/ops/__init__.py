@@ -25,6 +25,8 @@ class Ops:
     q_sample: Callable[..., Tensor]
     noise_mse: Callable[..., Tensor]
     group_norm_silu: Callable[..., Tensor]
+    group_norm_silu_and_residual: Callable[..., tuple[Tensor, Tensor]]
+    """The same op where a residual connection reads x, too."""
     timestep_embedding: Callable[..., Tensor]
     reverse_step: Callable[..., None]
     adam_ema: Callable[..., None]
@@ -40,6 +42,7 @@ REFERENCE = Ops(
     reference.q_sample,
     reference.noise_mse,
     reference.group_norm_silu,
+    reference.group_norm_silu_and_residual,
     reference.timestep_embedding,
     reference.reverse_step,
     reference.adam_ema,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ddpm_fast.constants import GROUP_NORM_EPS
 from ddpm_fast.kernels import adam_ema, noise_mse, q_sample, reverse_step, timestep_embedding
 from ddpm_fast.kernels import group_norm_silu as norm
 from ddpm_fast.kernels import group_norm_silu_backward as norm_backward
@@ -109,6 +110,31 @@ def _group_norm_silu(
     return y
 
 
+class _GroupNormSiluAndResidual(torch.autograd.Function):
+    # Not a registered op, which may not return one of its inputs.
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, options: dict[str, Any], eps: float
+    ) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = GROUP_NORM_SILU(x, weight, bias, **options, eps=eps)
+        ctx.save_for_backward(mean, rstd, x, weight, bias)
+        ctx.options = options
+        return y, x
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dy, other = (gradient.contiguous(memory_format=NHWC) for gradient in grad_outputs)
+        return *GROUP_NORM_SILU_BACKWARD(dy, *ctx.saved_tensors, other=other, **ctx.options), None, None
+
+
+def _group_norm_silu_and_residual(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, silu: bool = True, eps: float = GROUP_NORM_EPS
+) -> tuple[Tensor, Tensor]:
+    y, x = _GroupNormSiluAndResidual.apply(x, weight, bias, {"groups": groups, "silu": silu}, eps)
+    return y, x
+
+
 def _reverse_step(*given: Tensor, x0: Tensor | None = None, model_input: Tensor | None = None, **named: Any) -> None:
     # Not defaults of the kernel's own: PyTorch 2.11 fails on a mutated argument that is left at its default.
     REVERSE_STEP(*given, x0=x0, model_input=model_input, **named)
@@ -122,6 +148,7 @@ FUNCTIONS = {
     "q_sample": Q_SAMPLE,
     "noise_mse": NOISE_MSE,
     "group_norm_silu": _group_norm_silu,
+    "group_norm_silu_and_residual": _group_norm_silu_and_residual,
     "timestep_embedding": TIMESTEP_EMBEDDING,
     "reverse_step": _reverse_step,
     "adam_ema": ADAM_EMA,

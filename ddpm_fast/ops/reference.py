@@ -155,6 +155,17 @@ def group_norm_silu(
     return h.to(x.dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
+def group_norm_silu_and_residual(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, silu: bool = True, eps: float = GROUP_NORM_EPS
+) -> tuple[Tensor, Tensor]:
+    """Compute `group_norm_silu` at the head of a residual branch: return y, and x for the connection past the branch.
+
+    x then has two gradients to be added, one through y and one from past the branch: an op that hands out both y and x
+    gets both, and a kernel adds the second while it writes the first. Arguments: as for `group_norm_silu`.
+    """
+    return group_norm_silu(x, weight, bias, groups, silu=silu, eps=eps), x
+
+
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Embed timesteps as sinusoids (Ho et al. 2020, Appendix B; Vaswani et al. 2017).
 

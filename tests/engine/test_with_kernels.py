@@ -130,7 +130,7 @@ def test_the_check_of_the_kernels_passes_and_finds_a_wrong_one():
     config = configuration()
     lines = list(check_kernels.check_kernels(FUSED, config, DEVICE, torch.float32))
     assert [line.name for line in lines if not line.passed] == []
-    assert len(lines) == 8
+    assert len(lines) == 10
     wrong = replace(FUSED, group_norm_silu=partial(FUSED.group_norm_silu, eps=1e-3))
     lines = list(check_kernels.check_kernels(wrong, config, DEVICE, torch.float32))
     assert [line.file for line in lines if not line.passed] == [
@@ -152,5 +152,6 @@ def test_the_table_has_a_line_for_each_op_and_direction():
     assert all(right for _, right in rows)
     names = {row.partition("  ")[0] for row, _ in rows}
     alone = {"q_sample", "timestep_embedding", "reverse_step", "adam_ema"}
-    both = {f"{op} {direction}" for op in ("noise_mse", "group_norm_silu") for direction in ("forward", "backward")}
+    differentiated = "noise_mse", "group_norm_silu", "group_norm_silu_and_residual"
+    both = {f"{op} {direction}" for op in differentiated for direction in ("forward", "backward")}
     assert names == alone | both

@@ -38,7 +38,8 @@ def launches(norm: Norm, images: int, dtype: torch.dtype, training: bool) -> Ite
     yield from record(group_norm_silu, *inputs, **options)
     if training:
         statistics = empty(images, norm.groups), empty(images, norm.groups)
-        yield from record(group_norm_silu_backward, x, *statistics, *inputs, **options)
+        other = {"other": x} if norm.residual else {}
+        yield from record(group_norm_silu_backward, x, *statistics, *inputs, **options, **other)
 
 
 PASSES = {"statistics_kernel": 2, "sums_kernel": 2}
@@ -57,7 +58,8 @@ def expected(launch: Launch) -> tuple[int, int]:
     # One read where a tile is all, or all that is left to do; else the first tile, and two loops.
     passes = PASSES.get(name) or (1 if given["ONE"] or given["SLICES"] > 1 else 3)
     read = [tensor for tensor in ("x", "dy") if given.get(tensor) is not None]
-    return share * passes * len(read), 0 if name in PASSES else share
+    once = given.get("other") is not None  # what is added to dx
+    return share * (passes * len(read) + once), 0 if name in PASSES else share
 
 
 def describe(norm: Norm, dtype: torch.dtype, training: bool) -> str:
@@ -65,6 +67,7 @@ def describe(norm: Norm, dtype: torch.dtype, training: bool) -> str:
         *(["shift"] if norm.shift else []),
         *(["dropout"] if norm.dropout and training else []),
         *([] if norm.silu else ["no SiLU"]),
+        *(["residual"] if norm.residual and training else []),
     ]
     kind = str(dtype).removeprefix("torch.")
     return f"{norm.channels}x{norm.height}x{norm.width} {kind} {' '.join(options)}".rstrip()

@@ -39,7 +39,7 @@ LAUNCHERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]]
     ),
     "group_norm_silu_backward": (
         group_norm_silu_backward,
-        ("x", "dy", "mean", "rstd", "weight", "bias", "shift", "key", "sample_index"),
+        ("x", "dy", "mean", "rstd", "weight", "bias", "shift", "key", "sample_index", "other"),
         DROPPING,
     ),
     "reverse_step": (

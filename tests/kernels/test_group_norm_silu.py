@@ -35,6 +35,7 @@ class Case(NamedTuple):
     shift: bool = False
     silu: bool = True
     probability: float = 0.0
+    other: bool = False
     mean: float = 0.5
     spread: float = 1.5
 
@@ -46,6 +47,7 @@ class Inputs(NamedTuple):
     shift: Tensor | None
     dy: Tensor
     dropout: Dropout | None
+    other: Tensor | None
 
 
 def make(case: Case) -> Inputs:
@@ -63,11 +65,15 @@ def make(case: Case) -> Inputs:
     shift = rows[:, 16:] if case.shift else None
     indices = 2**31 + 7 * torch.arange(n, device=DEVICE)
     dropout = Dropout(case.probability, key_from_seed(2**45 + 3, DEVICE), indices, 5) if case.probability else None
-    return Inputs(x, weight, bias, shift, dy, dropout)
+    other = (3 * normal(n, h, w, c)).to(DEVICE, case.dtype).permute(0, 3, 1, 2) if case.other else None
+    return Inputs(x, weight, bias, shift, dy, dropout, other)
 
 
 def plain(case: Case, inputs: Inputs, dtype: torch.dtype | None) -> list[Tensor]:
-    """Return y and the gradients by autograd through the reference, with inputs in `dtype`, or as they are."""
+    """Return y and the gradients by autograd through the reference, with inputs in `dtype`, or as they are.
+
+    x has a second use, itself, towards which the gradient is `other`: autograd adds it.
+    """
     given: dict[str, Any] = {"x": inputs.x, "weight": inputs.weight, "bias": inputs.bias, "shift": inputs.shift}
     leaves: dict[str, Any] = {
         name: value.detach().to(dtype or value.dtype).requires_grad_()
@@ -75,7 +81,10 @@ def plain(case: Case, inputs: Inputs, dtype: torch.dtype | None) -> list[Tensor]
         if value is not None
     }
     y = reference.group_norm_silu(**leaves, groups=case.groups, silu=case.silu, dropout=inputs.dropout)
-    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), inputs.dy.to(y.dtype))]
+    outputs, towards = [y], [inputs.dy.to(y.dtype)]
+    if inputs.other is not None:
+        outputs, towards = [y, leaves["x"]], [*towards, inputs.other.to(y.dtype)]
+    return [y.detach(), *torch.autograd.grad(outputs, list(leaves.values()), towards)]
 
 
 def options_of(case: Case, inputs: Inputs) -> dict[str, Any]:
@@ -88,7 +97,7 @@ def kernel(case: Case, inputs: Inputs) -> list[Tensor]:
     """Return y and the gradients by the kernels."""
     options = options_of(case, inputs)
     y, mean, rstd = group_norm_silu(*inputs[:4], **options)
-    return [y, *group_norm_silu_backward(inputs.dy, mean, rstd, *inputs[:4], **options)]
+    return [y, *group_norm_silu_backward(inputs.dy, mean, rstd, *inputs[:4], other=inputs.other, **options)]
 
 
 def sums_of_terms(case: Case, inputs: Inputs, truth: list[Tensor]) -> dict[str, float]:
@@ -101,7 +110,8 @@ def sums_of_terms(case: Case, inputs: Inputs, truth: list[Tensor]) -> dict[str, 
     x = inputs.x.double() + (0 if inputs.shift is None else inputs.shift.double()[:, :, None, None])
     normal = torch.nn.functional.group_norm(x, case.groups, eps=1e-6)
     dweight, dbias = ((slope * factor).abs().sum((0, 2, 3)).amax().item() for factor in (normal, 1))
-    return {"dweight": dweight, "dbias": dbias, "dshift": truth[1].abs().sum((2, 3)).amax().item()}
+    of_shift = truth[1] if inputs.other is None else truth[1] - inputs.other.double()
+    return {"dweight": dweight, "dbias": dbias, "dshift": of_shift.abs().sum((2, 3)).amax().item()}
 
 
 @pytest.fixture
@@ -119,20 +129,22 @@ def assert_close(assert_within: Callable[..., None]) -> Callable[..., None]:
     return compare
 
 
-FULL = Case(shift=True, probability=0.3)
+FULL = Case(shift=True, probability=0.3, other=True)
 
 CASES = {
     "plain": Case(),
     "no silu": Case(silu=False),
     "shift": Case(shift=True),
     "dropout": Case(probability=0.1),
+    "a residual connection's gradient": Case(other=True),
     "everything": FULL,
     "one pixel": FULL._replace(shape=(2, 32, 1, 1)),
     "prime H and W": FULL._replace(shape=(1, 32, 3, 7)),
     "one image": FULL._replace(shape=(1, 32, 4, 4)),
     "three images": FULL._replace(shape=(3, 16, 2, 2)),
     "five images": FULL._replace(shape=(5, 8, 2, 3), groups=2),
-    "33 images, one more than are summed at a time": FULL._replace(shape=(33, 4, 1, 2), groups=2, probability=0.0),
+    "129 images, one more than are summed at a time": FULL._replace(shape=(129, 4, 1, 2), groups=2, probability=0.0),
+    "9 channels, one more than are summed by a program": FULL._replace(shape=(2, 9, 3, 3), groups=3),
     "one channel": FULL._replace(shape=(2, 1, 3, 3), groups=1),
     "three channels, three to a group: no 16-byte rows": FULL._replace(shape=(2, 3, 5, 3), groups=1),
     "six channels, two quads of noise": FULL._replace(shape=(1, 6, 3, 3), groups=2),
@@ -152,7 +164,10 @@ def test_equals_reference(case: Case, assert_close: Callable[..., None]) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["plain", "everything", "12 channels a group, a last block of its own size"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "a residual connection's gradient", "everything", "12 channels a group, a last block of its own size"],
+)
 def test_equals_reference_in_16_bits(name: str, dtype: torch.dtype, assert_close: Callable[..., None]) -> None:
     assert_close(CASES[name]._replace(dtype=dtype))
 
@@ -174,7 +189,7 @@ def divide_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("divide_by")
-@pytest.mark.parametrize("case", [FULL, Case(dtype=torch.bfloat16)], ids=["float32, all", "bfloat16"])
+@pytest.mark.parametrize("case", [FULL, Case(dtype=torch.bfloat16, other=True)], ids=["float32, all", "bfloat16"])
 def test_every_division_of_the_work(case: Case, assert_close: Callable[..., None]) -> None:
     assert_close(case._replace(shape=(2, 32, 5, 7)))
 
@@ -236,8 +251,8 @@ def test_any_shape(draw: Random, assert_close: Callable[..., None]) -> None:
     width = draw.randint(1 if size * height > 1 else 2, 6)  # PyTorch refuses groups of one number
     dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
     shift, silu = (draw.choice([False, True]) for _ in range(2))
-    probability = draw.choice([0.0, 0.0, 0.4])
-    assert_close(Case((images, groups * size, height, width), groups, dtype, shift, silu, probability))
+    probability, other = draw.choice([0.0, 0.0, 0.4]), draw.choice([False, True])
+    assert_close(Case((images, groups * size, height, width), groups, dtype, shift, silu, probability, other))
 
 
 @pytest.mark.usefixtures("divide_by")

@@ -80,7 +80,7 @@ def test_refuses(message: str, device: str) -> None:
         group_norm_silu(**good(device) | {name: on(device, value) for name, value in BAD[message].items()})
 
 
-@pytest.mark.parametrize("wrong", ["dy", "mean", "rstd"])
+@pytest.mark.parametrize("wrong", ["dy", "mean", "rstd", "other"])
 def test_backward_refuses(wrong: str, device: str) -> None:
     arguments, statistics = good(device), torch.zeros(2, 8, device=device)
     arguments |= {"dy": arguments["x"], "mean": statistics, "rstd": statistics, wrong: statistics[:1]}
@@ -88,7 +88,9 @@ def test_backward_refuses(wrong: str, device: str) -> None:
         group_norm_silu_backward(**arguments)
 
 
-def test_backward_refuses_a_gradient_in_another_layout(device: str) -> None:
+@pytest.mark.parametrize("wrong", ["dy", "other"])
+def test_backward_refuses_a_gradient_in_another_layout(wrong: str, device: str) -> None:
     arguments, statistics = good(device), torch.zeros(2, 8, device=device)
-    with pytest.raises(ValueError, match="dy has strides"):
-        group_norm_silu_backward(dy=arguments["x"].contiguous(), mean=statistics, rstd=statistics, **arguments)
+    arguments |= {"dy": arguments["x"], wrong: arguments["x"].contiguous()}
+    with pytest.raises(ValueError, match=f"{wrong} has strides"):
+        group_norm_silu_backward(mean=statistics, rstd=statistics, **arguments)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.library import opcheck
 
 from ddpm_fast import ops
@@ -17,6 +18,7 @@ from ddpm_fast.config import DiffusionConfig, UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.diffusion.schedule import training_table
+from ddpm_fast.engine.execution import Execution, can_compile_for_cpu
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import REFERENCE, choose_ops, fused_ops, reference
 
@@ -96,7 +98,8 @@ def test_registration_of_group_norm_silu(shift: bool, dropout: bool) -> None:
     statistics = (torch.rand(2, 4, device=DEVICE) for _ in range(2))
     plain = [None if value is None else value.detach() for value in inputs]
     arguments = (maps(2, 8, 4, 4), *statistics, *plain, key, sample_index)
-    opcheck(fused.GROUP_NORM_SILU_BACKWARD, arguments, options, test_utils=ALL)
+    for other in (None, maps(2, 8, 4, 4)):
+        opcheck(fused.GROUP_NORM_SILU_BACKWARD, (*arguments, other), options, test_utils=ALL)
 
 
 @pytest.mark.parametrize(("shift", "dropout"), [(False, False), (True, True)])
@@ -107,6 +110,51 @@ def test_gradients_reach_every_input_of_group_norm_silu(shift: bool, dropout: bo
     ours, theirs = (torch.autograd.grad(form.group_norm_silu(**given), leaves, towards) for form in (FUSED, REFERENCE))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_gradients_of_a_branch_and_past_it_are_added(silu: bool) -> None:
+    """Past it they come in any layout: here as half the channels of a wider map, as they lie, or not at all."""
+    given = {name: value for name, value in norm(False, False).items() if name not in ("shift", "dropout")}
+    leaves = [value for value in given.values() if isinstance(value, Tensor)]
+    wide = maps(2, 16, 4, 4)
+
+    def gradients(form: ops.Ops, *towards: Tensor) -> tuple[Tensor, ...]:
+        y, x = form.group_norm_silu_and_residual(**given, silu=silu)
+        assert torch.equal(x, given["x"])
+        return torch.autograd.grad((y, x)[: len(towards)], leaves, towards)
+
+    for towards in ((wide[:, :8],), (wide[:, :8], wide[:, 8:]), (wide[:, :8], wide[:, 8:].contiguous())):
+        for ours, theirs in zip(gradients(FUSED, *towards), gradients(REFERENCE, *towards), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_sum_past_a_branch_is_rounded_once() -> None:
+    """In float16 the kernel adds before it rounds; autograd rounds both and their sum."""
+    x, towards = maps(2, 8, 4, 4).half().requires_grad_(), maps(2, 8, 4, 4).half()
+    exact = x.detach().double().requires_grad_()
+
+    def gradient(form: ops.Ops, x: Tensor) -> Tensor:
+        found = form.group_norm_silu_and_residual(x, torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 4)
+        return torch.autograd.grad(found, x, [towards.to(x.dtype)] * 2)[0]
+
+    truth = gradient(REFERENCE, exact)
+    ours, theirs = ((gradient(form, x).double() - truth).abs().mean() for form in (FUSED, REFERENCE))
+    assert ours < theirs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile_for_cpu(), reason="needs a C++ compiler")
+def test_what_is_compiled_around_a_branch_is_kept_for_the_next_process(monkeypatch, tmp_path):
+    """PyTorch keeps no graph with an autograd function in it unless it is told to."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    given = {name: value for name, value in norm(False, False).items() if name not in ("shift", "dropout")}
+    torch._dynamo.reset()
+    counters.clear()
+    y, x = Execution(compiled=True).compile(FUSED.group_norm_silu_and_residual)(**given)
+    (y * x).sum().backward()
+    found = counters["aot_autograd"]
+    assert (found["autograd_cache_saved"], found["autograd_cache_bypass"]) == (1, 0)
 
 
 def test_gradient_of_the_mean_loss() -> None:
