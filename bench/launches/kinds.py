@@ -11,7 +11,7 @@ SMALL = 16_384
 
 # Inductor names a kernel after the operators that it fused; the first pattern that a name matches decides.
 FORWARD: tuple[tuple[str, str], ...] = (
-    ("parameters side by side", r"^triton_for"),
+    ("parameters side by side", r"^triton_for|fused__to_copy_cat_"),
     ("nearest upsampling, with what it joins", r"stack|unsafe_index|expand"),
     ("concatenation", r"cat"),
     ("padding", r"pad"),
@@ -25,8 +25,7 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("gradient summed over pixels or images", r"^triton_(red|per)_"),
     ("nearest upsampling's gradient", r"new_zeros|index_put|unsafe_view_clone_transpose|select|stack"),
     ("attention's gradient laid out", r"attention_backward"),
-    ("gradients of q, k and v added", r"group_norm_silu_backward.*transpose|transpose.*add|add.*transpose"),
-    ("shifts' gradients side by side", r"cat"),
+    ("gradients of q, k and v, or of shifts, side by side", r"cat"),
     ("gradients added", r"add|slice"),
 )
 UPDATE = "update of the weights"

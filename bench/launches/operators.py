@@ -110,9 +110,8 @@ def _attention(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    n, heads, queries, width = q.shape
-    like_q = q.stride() if q.shape == v.shape else (heads * queries * width, width, heads * width, 1)
-    out = torch.empty_strided(q.shape, like_q, dtype=q.dtype, device=q.device)
+    n, heads, queries, _ = q.shape
+    out = torch.empty_like(q)  # dense, where q is a slice
     shape = (n, heads, queries, 1) if keeps_sums else (0,)
     sums = torch.empty(shape, dtype=torch.float32, device=q.device)
     seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))

@@ -22,6 +22,7 @@ from ddpm_fast.diffusion.samplers import Row, SamplerTable
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, InFlight, Work, memory_of
 from ddpm_fast.engine.execution import EAGER, Execution
 from ddpm_fast.errors import MathematicsError
+from ddpm_fast.model.blocks import Attention
 from ddpm_fast.model.unet import UNet
 
 GRAPH_STEPS = 20
@@ -81,6 +82,9 @@ def sampling_copy(unet: UNet, dtype: torch.dtype) -> UNet:
     unet = copy.deepcopy(unet).requires_grad_(False).eval()
     for parameter in unet.low_precision_parameters().values():
         parameter.data = parameter.data.to(dtype)
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.stack()
     return unet
 
 

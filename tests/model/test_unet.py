@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bench.peers import diffusers as peer
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
+from ddpm_fast.model.blocks import Attention
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.presets import PRESETS
 
@@ -166,3 +167,16 @@ def test_there_is_no_dropout_without_noise_or_probability():
 def test_every_block_drops_other_places():
     unet = randomized(dataclasses.replace(SMALL, dropout=0.3))
     assert [block.layer for block in unet.res_blocks()] == list(range(len(unet.res_blocks())))
+
+
+def test_stacked_attention_computes_the_same_and_follows_what_is_written_to_its_weights():
+    torch.manual_seed(0)
+    plain, stacked = Attention(8, 4), Attention(8, 4)
+    stacked.requires_grad_(False).stack()
+    x = torch.randn(2, 8, 3, 5)
+    for own, other in zip(stacked.parameters(), plain.parameters(), strict=True):
+        own.copy_(other)
+    assert torch.equal(stacked(x), plain(x))
+    assert list(stacked.state_dict()) == list(plain.state_dict())
+    assert stacked.stacked is not None
+    assert stacked.to_k.weight.untyped_storage().data_ptr() == stacked.stacked[0].untyped_storage().data_ptr()
