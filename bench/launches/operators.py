@@ -76,6 +76,26 @@ def _convolution(
     return out
 
 
+def _transposed_convolution(
+    x: Tensor,
+    weight: Tensor,
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *options: bool,
+) -> Tensor:
+    layout, (x, weight) = _in_cudnns_layout(x, weight)
+    sizes = zip(x.shape[2:], padding, output_padding, dilation, weight.shape[2:], stride, strict=True)
+    out_size = [
+        (length - 1) * step - 2 * pad + dilate * (k - 1) + more + 1 for length, pad, more, dilate, k, step in sizes
+    ]
+    out = torch.empty([len(x), weight.shape[1], *out_size], dtype=x.dtype, device=x.device, memory_format=layout)
+    _call("convolution", x, weight, out)
+    return out
+
+
 def _convolution_backward(
     grad: Tensor,
     x: Tensor,
@@ -142,6 +162,7 @@ def _product(shape: Callable[..., tuple[int, ...]], count: int) -> tuple[Callabl
 def _implementations() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {
         "cudnn_convolution": _convolution,
+        "cudnn_convolution_transpose": _transposed_convolution,
         "convolution_backward": _convolution_backward,
         "_scaled_dot_product_cudnn_attention": _attention,
         "_scaled_dot_product_cudnn_attention_backward": _attention_backward,

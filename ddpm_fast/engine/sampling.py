@@ -22,7 +22,6 @@ from ddpm_fast.diffusion.samplers import Row, SamplerTable
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, InFlight, Work, memory_of
 from ddpm_fast.engine.execution import EAGER, Execution
 from ddpm_fast.errors import MathematicsError
-from ddpm_fast.model.blocks import Attention
 from ddpm_fast.model.unet import UNet
 
 GRAPH_STEPS = 20
@@ -79,12 +78,9 @@ class Buffers:
 
 def sampling_copy(unet: UNet, dtype: torch.dtype) -> UNet:
     """Return a copy of the U-Net to sample with: convolutions and products in `dtype`, norms' parameters in float32."""
-    unet = copy.deepcopy(unet).requires_grad_(False).eval()
+    unet = copy.deepcopy(unet).freeze()
     for parameter in unet.low_precision_parameters().values():
         parameter.data = parameter.data.to(dtype)
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            module.stack()
     return unet
 
 
@@ -132,8 +128,8 @@ class SamplingLoop:
     @torch.no_grad()
     def load_weights(self, unet: UNet) -> None:
         """Sample from another U-Net's weights from now on; what was compiled and captured stays valid."""
-        for own, other in zip(self.unet.parameters(), unet.parameters(), strict=True):
-            own.copy_(other)
+        for own, new in zip(self.unet.parameters(), sampling_copy(unet, self.dtype).parameters(), strict=True):
+            own.copy_(new)
         self.time_shifts.copy_(self._compute_time_shifts(unet))
 
     def take_step(self, buffers: Buffers, functions: StepFunctions) -> None:

@@ -5,7 +5,7 @@ Shapes: N images, C channels, H x W pixels of the feature map, D width of the ti
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from ddpm_fast.diffusion.noise import NoiseAddress
 from ddpm_fast.ops import REFERENCE
 from ddpm_fast.ops.reference import Dropout
+
+FEWEST_PIXELS = 512
+"""Pixels of a batch from which on adding weights up in every call pays, forward and backward (measured on a CPU)."""
+
+Layer = TypeVar("Layer", nn.Linear, nn.ConvTranspose2d)
 
 
 class FusedGroupNorm(nn.Module):
@@ -85,28 +90,17 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self.stacked: tuple[Tensor, Tensor] | None = None  # weight [3 * C, C] and bias [3 * C]; see `stack`
+        self.frozen: nn.Linear | None = None  # the three in one
 
-    def project(self, pixels: Tensor) -> Tensor:
-        """Return q, k and v side by side, [N, H*W, 3 * C], of pixels [N, H*W, C]: one product instead of three."""
-        if self.stacked is not None:
-            return F.linear(pixels, *self.stacked)
-        return F.linear(pixels, *self._concatenated())
-
-    def _concatenated(self) -> tuple[Tensor, Tensor]:
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Return the weights [3 * C, C] and biases [3 * C] of q, k and v, one below the other: one product for all."""
         layers = (self.to_q, self.to_k, self.to_v)
         return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
-    @torch.no_grad()
-    def stack(self) -> None:
-        """Lay the weights of q, k and v out in memory as their product reads them, which saves it a copy per call.
-
-        Only for weights that need no gradients. They keep their names, and may be written to.
-        """
-        self.stacked = weight, bias = self._concatenated()
-        layers = (self.to_q, self.to_k, self.to_v)
-        for layer, its_weight, its_bias in zip(layers, weight.chunk(3), bias.chunk(3), strict=True):
-            layer.weight.data, layer.bias.data = its_weight, its_bias
+    def freeze(self) -> None:
+        """Stack the weights once, instead of in every call."""
+        channels = self.to_q.in_features
+        self.frozen = constant(nn.Linear(channels, 3 * channels, device="meta"), *self.stacked())
 
     @property
     def output(self) -> nn.Linear:
@@ -117,10 +111,17 @@ class Attention(nn.Module):
         height, width = x.shape[2:]
         h, x = self.group_norm(x)
         pixels = h.flatten(2).transpose(1, 2)  # [N, H*W, C]
-        q, k, v = self.project(pixels)[:, None].chunk(3, dim=3)
+        qkv = F.linear(pixels, *self.stacked()) if self.frozen is None else self.frozen(pixels)
+        q, k, v = qkv[:, None].chunk(3, dim=3)
         mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # scale C^-0.5
         h = self.output(mixed).transpose(1, 2).unflatten(2, (height, width))
         return x + h
+
+
+def constant(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
+    """Return the layer, which was made on no device, with these weights for good."""
+    layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    return layer.requires_grad_(False)
 
 
 class Downsample(nn.Module):
@@ -135,17 +136,46 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double H and W by repeating pixels, then a convolution."""
+    """Double H and W by repeating pixels, then a 3x3 convolution.
 
-    def __init__(self, channels: int) -> None:
+    An output pixel then sees 2x2 pixels of x, some of them repeatedly. With the weights of equal pixels added up it is
+    a transposed convolution, of 4/9 of the multiplications, and the repeated pixels are never in memory.
+    """
+
+    def __init__(self, channels: int, transposed: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.transposed = transposed
+        self.frozen: nn.ConvTranspose2d | None = None
+
+    def freeze(self) -> None:
+        """Add the weights up once, in their own precision, instead of in every call."""
+        if self.transposed:
+            channels = self.conv.in_channels
+            layer = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1, device="meta")
+            self.frozen = constant(layer, added_up(self.conv.weight), self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.frozen is not None:
+            return self.frozen(x)
+        if self.transposed and len(x) * x.shape[2] * x.shape[3] >= FEWEST_PIXELS:
+            return F.conv_transpose2d(x, added_up(self.conv.weight), self.conv.bias, stride=2, padding=1)
         # Not F.interpolate: compiled, its gradient is atomic additions in any order, and comes back as NCHW.
         pixels = x.permute(0, 2, 3, 1)  # [N, H, W, C]
         wide = torch.stack((pixels, pixels), dim=3).flatten(2, 3)
         return self.conv(torch.stack((wide, wide), dim=2).flatten(1, 2).permute(0, 3, 1, 2))
+
+
+def added_up(weight: Tensor) -> Tensor:
+    """Turn a convolution of repeated pixels into a transposed one: weights [C_out, C, 3, 3] -> [C, C_out, 4, 4].
+
+    Pixel 2 * i + e of the repeated map is pixel i, for e of 0 and 1. By tap k it adds to output 2 * i + e + 1 - k,
+    which is tap e + 2 - k of the transposed convolution.
+    """
+    taps = F.pad(weight.permute(0, 2, 3, 1).flip(1, 2), (0, 0, 1, 1, 1, 1))  # [C_out, 5, 5, C], in reverse
+    taps = taps[:, :-1] + taps[:, 1:]
+    taps = taps[:, :, :-1] + taps[:, :, 1:]
+    return taps.permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 class BlockList(nn.ModuleList):
@@ -175,11 +205,6 @@ class Level(nn.Module):
         """Yield each ResBlock with the attention, or nothing, that follows it."""
         nothing = nn.Identity()
         yield from zip(self.resnets, self.attentions or [nothing] * len(self.resnets), strict=True)
-
-    def resize(self, x: Tensor) -> Tensor:
-        """Apply the level's down- or upsampler."""
-        resizers = self.downsamplers if hasattr(self, "downsamplers") else self.upsamplers
-        return resizers[0](x)
 
 
 class LevelList(nn.ModuleList):

@@ -23,6 +23,7 @@ from ddpm_fast.model.blocks import (
     Upsample,
     xavier_uniform,
 )
+from ddpm_fast.model.forms import Forms
 from ddpm_fast.ops import REFERENCE, Ops
 
 
@@ -41,9 +42,10 @@ class TimeEmbedding(nn.Module):
 class UNet(nn.Module):
     """Predicts noise, x0 or v from x_t and t."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, forms: Forms | None = None) -> None:
+        """Build the network with initial weights; `forms` are the defaults if left out."""
         super().__init__()
-        self.config = config
+        self.config, self.forms = config, forms or Forms()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(config.channels)
@@ -85,7 +87,7 @@ class UNet(nn.Module):
             for _ in range(self.config.res_blocks + 1):
                 blocks.append(self._res_block(channels + skips.pop(), width))
                 channels = width
-            resize = Upsample(width) if level > 0 else None
+            resize = Upsample(width, self.forms.transposed_upsampling) if level > 0 else None
             levels.append(Level(blocks, self._attentions(level, width, len(blocks)), resize))
         return levels
 
@@ -131,10 +133,18 @@ class UNet(nn.Module):
         return {
             f"{name}.{key}": parameter
             for name, module in self.named_modules()
-            if isinstance(module, nn.Conv2d | nn.Linear)
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
             for key, parameter in module.named_parameters(recurse=False)
             if not (isinstance(module, ConvBeforeShift) and key == "bias")
         }
+
+    @torch.no_grad()
+    def freeze(self) -> "UNet":
+        """Compute once what follows from the weights alone: from now on they must not change."""
+        for module in self.modules():
+            if isinstance(module, Attention | Upsample):
+                module.freeze()
+        return self.requires_grad_(False).eval()
 
     def time_shifts(self, t: Tensor) -> Tensor:
         """Compute what every ResBlock adds to its first convolution's output for timestep t; once for all steps.
@@ -171,7 +181,7 @@ class UNet(nn.Module):
                 h = attention(block(h, next(shifts), dropout_address))
                 skips.append(h)
             if level.has_resize:
-                h = level.resize(h)
+                h = level.downsamplers[0](h)
                 skips.append(h)
 
         h = self.mid_block(h, shifts, dropout_address)
@@ -180,5 +190,5 @@ class UNet(nn.Module):
             for block, attention in level.blocks():
                 h = attention(block(torch.cat([h, skips.pop()], dim=1), next(shifts), dropout_address))
             if level.has_resize:
-                h = level.resize(h)
+                h = level.upsamplers[0](h)
         return self.conv_out(self.conv_norm_out(h))

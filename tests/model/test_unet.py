@@ -4,12 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.peers import diffusers as peer
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
-from ddpm_fast.model.blocks import Attention
+from ddpm_fast.model import blocks
+from ddpm_fast.model.blocks import FEWEST_PIXELS, Upsample
+from ddpm_fast.model.forms import Forms
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.presets import PRESETS
 
@@ -169,14 +172,41 @@ def test_every_block_drops_other_places():
     assert [block.layer for block in unet.res_blocks()] == list(range(len(unet.res_blocks())))
 
 
-def test_stacked_attention_computes_the_same_and_follows_what_is_written_to_its_weights():
+def test_added_up_weights_upsample_as_repeated_pixels_do():
     torch.manual_seed(0)
-    plain, stacked = Attention(8, 4), Attention(8, 4)
-    stacked.requires_grad_(False).stack()
-    x = torch.randn(2, 8, 3, 5)
-    for own, other in zip(stacked.parameters(), plain.parameters(), strict=True):
-        own.copy_(other)
-    assert torch.equal(stacked(x), plain(x))
-    assert list(stacked.state_dict()) == list(plain.state_dict())
-    assert stacked.stacked is not None
-    assert stacked.to_k.weight.untyped_storage().data_ptr() == stacked.stacked[0].untyped_storage().data_ptr()
+    layer, x = Upsample(6).double(), torch.randn(7, 6, 8, 10, dtype=torch.float64, requires_grad=True)
+    assert len(x) * 8 * 10 >= FEWEST_PIXELS
+    results = []
+    for found in (layer(x), layer.conv(F.interpolate(x, scale_factor=2))):
+        weights = torch.sin(torch.arange(found.numel(), dtype=torch.float64)).view_as(found)
+        results.append([found, *torch.autograd.grad((found * weights).sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_frozen_unet_computes_the_same(name, transposed):
+    forms = Forms(transposed_upsampling=transposed)
+    plain, frozen = randomized(CONFIGS[name]), UNet(CONFIGS[name], forms)
+    frozen.load_state_dict(plain.state_dict())
+    frozen.freeze()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    x, t = batch(CONFIGS[name])
+    expected = plain(x, t).detach()
+    with torch.no_grad():
+        assert relative(frozen(x, t), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_is_the_same_in_all_forms(name, monkeypatch):
+    monkeypatch.setattr(blocks, "FEWEST_PIXELS", 1)
+    (x, t), results, names = batch(CONFIGS[name], 4), [], []
+    for forms in (Forms(), Forms(transposed_upsampling=False)):
+        unet = UNet(CONFIGS[name], forms)
+        unet.load_state_dict(randomized(CONFIGS[name]).state_dict())
+        out = unet(x, t)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), list(unet.parameters()))])
+        names = ["output", *dict(unet.named_parameters())]
+    for parameter_name, found, truth in zip(names, *results, strict=True):
+        if "to_k.bias" not in parameter_name:  # whose gradient is 0 but for rounding
+            assert relative(found, truth) < 1e-4, parameter_name
