@@ -126,4 +126,4 @@ def set_compile_cache() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory() / "triton"))
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # pyright: ignore[reportAttributeAccessIssue]
