@@ -40,11 +40,12 @@ from ddpm_fast.kernels.group_norm_tiles import (
 
 @triton.jit
 def slice_moments(
-    base, pixels, shift, channel, real, place,
+    base, area, shift, place,
     C: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """Return x + shift - pivot of the slice's first tile, its mask, and pivot, mean - pivot and M2 [BLOCK_G]."""
-    x, mask = load_tile(base, 0, pixels, channel, real, C, BLOCK_P, "evict_last")
+    pixels = area[0]
+    x, mask = load_tile(base, 0, area, C, BLOCK_P, "evict_last")
     first = tl.where(mask, x + shift[None, :], 0.0)
     pivot = by_group(tl.sum(first, axis=0), place, BLOCK_G) / (tl.minimum(pixels, BLOCK_P) * (1.0 * D))
     pivot_c = by_channel(pivot, place)
@@ -52,7 +53,7 @@ def slice_moments(
     total, squares = first, first * first
     if not ONE:
         for start in range(BLOCK_P, pixels, BLOCK_P):
-            x, inside = load_tile(base, start, pixels, channel, real, C, BLOCK_P, "evict_last")
+            x, inside = load_tile(base, start, area, C, BLOCK_P, "evict_last")
             deviation = tl.where(inside, x + shift[None, :] - pivot_c[None, :], 0.0)
             total += deviation
             squares += deviation * deviation
@@ -106,6 +107,7 @@ def statistics_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     D: tl.constexpr = C // G
     image, index, block = locate(SLICES, BLOCKS, False)
@@ -114,7 +116,8 @@ def statistics_kernel(
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
     shift_c = load_shift(shift, image * shift_stride, channel, real)
     base = x + (image * HW + first_pixel) * C
-    _, _, pivot, beyond, m2 = slice_moments(base, pixels, shift_c, channel, real, place, C, D, BLOCK_G, BLOCK_P, False)
+    area = (pixels, channel, real, WHOLE)
+    _, _, pivot, beyond, m2 = slice_moments(base, area, shift_c, place, C, D, BLOCK_G, BLOCK_P, False)
     row = partials + (image * SLICES + index) * (3 * G) + group
     tl.store(row, pivot, mask=real_group)
     tl.store(row + G, beyond, mask=real_group)
@@ -146,6 +149,7 @@ def normalize_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     ONE: tl.constexpr,
     SILU: tl.constexpr,
@@ -161,12 +165,11 @@ def normalize_kernel(
     offset_in = (image * HW + first_pixel) * C
     x += offset_in
     y += offset_in
+    area = (pixels, channel, real, WHOLE)
     if SLICES > 1:
         mean_g, m2 = combine_moments(partials, image, group, real_group, HW, slice_pixels, G, D, SLICES, BLOCK_S)
     else:
-        first, mask, pivot, beyond, m2 = slice_moments(
-            x, pixels, shift_c, channel, real, place, C, D, BLOCK_G, BLOCK_P, ONE
-        )
+        first, mask, pivot, beyond, m2 = slice_moments(x, area, shift_c, place, C, D, BLOCK_G, BLOCK_P, ONE)
         mean_g = pivot + beyond
     rstd_g = 1.0 / tl.sqrt(m2 / (HW * (1.0 * D)) + eps)
     if index == 0:
@@ -183,7 +186,7 @@ def normalize_kernel(
     else:
         mean_c = by_channel(mean_g, place) - shift_c
         for start in range(0, pixels, BLOCK_P):
-            h, mask = load_tile(x, start, pixels, channel, real, C, BLOCK_P, "evict_first")
+            h, mask = load_tile(x, start, area, C, BLOCK_P, "evict_first")
             value = (h - mean_c[None, :]) * gain[None, :] + offset[None, :]
             value = activate(value, noise, first_pixel + start, SILU)
             store_tile(y, start, value, mask, channel, C, BLOCK_P)
@@ -220,7 +223,7 @@ def group_norm_silu(
     """
     check_inputs(x, weight, bias, shift, groups)
     random = dropout_arguments(x, key, sample_index, probability, layer)
-    chosen, shared = divide(x, groups)
+    chosen, shared = divide(x, groups, dropout=random["key"] is not None)
     N = len(x)
     grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
     shared |= shift_arguments(shift)

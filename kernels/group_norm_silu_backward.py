@@ -47,7 +47,7 @@ PARAMETER_IMAGES = tl.constexpr(128)  # at a time
 
 @triton.jit
 def load_gradient(
-    x, dy, start, pixels, first_pixel, channel, real, normal, noise,
+    x, dy, start, first_pixel, area, normal, noise,
     C: tl.constexpr, BLOCK_P: tl.constexpr, POLICY: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Return u and db [BLOCK_P, BLOCK_C], zero outside, and the mask.
@@ -55,8 +55,8 @@ def load_gradient(
     normal: of each channel [BLOCK_C] the mean less the shift, slope and bias: b = (x - mean) * slope + bias.
     """
     mean, slope, bias = normal
-    h, mask = load_tile(x, start, pixels, channel, real, C, BLOCK_P, POLICY)
-    db, mask = load_tile(dy, start, pixels, channel, real, C, BLOCK_P, POLICY)
+    h, mask = load_tile(x, start, area, C, BLOCK_P, POLICY)
+    db, mask = load_tile(dy, start, area, C, BLOCK_P, POLICY)
     u = tl.where(mask, h - mean[None, :], 0.0)
     db = drop(db, noise, first_pixel + start)
     if SILU:
@@ -80,18 +80,17 @@ def normal_of(mean, rstd, weight, bias, shift, image, where, C: tl.constexpr, G:
 
 @triton.jit
 def slice_sums(
-    x, dy, pixels, first_pixel, channel, real, normal, noise,
+    x, dy, first_pixel, area, normal, noise,
     C: tl.constexpr, BLOCK_P: tl.constexpr, ONE: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Return the slice's first tile of u and db with its mask, and A, B and U [BLOCK_C]."""
-    u, db, mask = load_gradient(
-        x, dy, 0, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, "evict_last", SILU
-    )
+    pixels = area[0]
+    u, db, mask = load_gradient(x, dy, 0, first_pixel, area, normal, noise, C, BLOCK_P, "evict_last", SILU)
     a, b, total = db, db * u, u
     if not ONE:
         for start in range(BLOCK_P, pixels, BLOCK_P):
             next_u, next_db, _ = load_gradient(
-                x, dy, start, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, "evict_last", SILU
+                x, dy, start, first_pixel, area, normal, noise, C, BLOCK_P, "evict_last", SILU
             )
             a += next_db
             b += next_db * next_u
@@ -116,7 +115,7 @@ def sums_kernel(
     slice_pixels,
     layer,
     C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WHOLE: tl.constexpr,
     SILU: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
 ):  # fmt: skip
     image, index, block = locate(SLICES, BLOCKS, False)
@@ -127,9 +126,8 @@ def sums_kernel(
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
     start = (image * HW + first_pixel) * C
-    _, _, _, a, b, total = slice_sums(
-        x + start, dy + start, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, False, SILU
-    )
+    area = (pixels, channel, real, WHOLE)
+    _, _, _, a, b, total = slice_sums(x + start, dy + start, first_pixel, area, normal, noise, C, BLOCK_P, False, SILU)
     row = partials + (image * SLICES + index) * (3 * C) + channel
     tl.store(row, a, mask=real)
     tl.store(row + C, b, mask=real)
@@ -166,7 +164,8 @@ def input_gradient_kernel(
     slice_pixels,
     layer,
     C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, ONE: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_S: tl.constexpr, ONE: tl.constexpr,
     SILU: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
 ):  # fmt: skip
     image, index, block = locate(SLICES, BLOCKS, SLICES > 1)
@@ -183,30 +182,29 @@ def input_gradient_kernel(
     dx += start_of_slice
     if other is not None:
         other += start_of_slice
+    area = (pixels, channel, real, WHOLE)
     if SLICES > 1:
         a = sum_slices(partials, image, channel, real, C, SLICES, BLOCK_S)
         b = sum_slices(partials + C, image, channel, real, C, SLICES, BLOCK_S)
     else:
-        u, db, mask, a, b, total = slice_sums(
-            x, dy, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, ONE, SILU
-        )
+        u, db, mask, a, b, total = slice_sums(x, dy, first_pixel, area, normal, noise, C, BLOCK_P, ONE, SILU)
     members = HW * (1.0 * (C // G))
     c1 = by_channel(by_group(slope * a, place, BLOCK_G) / members, place)
     c2 = by_channel(by_group(slope * b, place, BLOCK_G) / members, place) * (rstd_c * rstd_c)
     if ONE:
         value = db * slope[None, :] - c1[None, :] - u * c2[None, :]
         if other is not None:  # not loaded before the sums: it would take up registers while they are taken
-            added, mask = load_tile(other, 0, pixels, channel, real, C, BLOCK_P, "evict_first")
+            added, mask = load_tile(other, 0, area, C, BLOCK_P, "evict_first")
             value += added
         store_tile(dx, 0, value, mask, channel, C, BLOCK_P)
     else:
         for start in range(0, pixels, BLOCK_P):
             next_u, next_db, inside = load_gradient(
-                x, dy, start, pixels, first_pixel, channel, real, normal, noise, C, BLOCK_P, "evict_first", SILU
+                x, dy, start, first_pixel, area, normal, noise, C, BLOCK_P, "evict_first", SILU
             )
             value = next_db * slope[None, :] - c1[None, :] - next_u * c2[None, :]
             if other is not None:
-                added, inside = load_tile(other, start, pixels, channel, real, C, BLOCK_P, "evict_first")
+                added, inside = load_tile(other, start, area, C, BLOCK_P, "evict_first")
                 value += added
             store_tile(dx, start, value, inside, channel, C, BLOCK_P)
 

@@ -23,7 +23,9 @@ from ddpm_fast.kernels import checks
 from ddpm_fast.kernels.philox import CHANNEL_STEP, DROPOUT, load_key, load_word, philox4x32
 
 REGISTER_TILE = 16384  # elements of all inputs together that a program keeps in registers
+WIDE_TILE = 8192  # of them where rows may be wider than they must: 8 warps, three times a multiprocessor; 16 are alone
 WARP_TILE = 1024  # of them a warp's, 32 a thread: with 64, ptxas took 130 to 240 registers, or spilt a few
+LARGEST_WARPS, TWO_BLOCKS = 16, 64  # registers a thread, so that two blocks of so many warps share a multiprocessor
 LOOP_TILE_BYTES = 8 * 1024  # of all inputs together, at a time, of a program that loops: two vectors per thread
 LOOP_BYTES = 128 * 1024  # what a program may read twice: four a multiprocessor then still fit in an H100's 50 MB of L2
 SLICE_BYTES = 32 * 1024
@@ -84,10 +86,18 @@ def load_affine(weight, bias, channel, real):
 
 
 @triton.jit
-def load_tile(base, start, pixels, channel, real, C: tl.constexpr, BLOCK_P: tl.constexpr, POLICY: tl.constexpr):
-    """Load [BLOCK_P, BLOCK_C] float32 from pixel `start` of a slice of so many pixels, zero outside, and the mask."""
+def load_tile(base, start, area, C: tl.constexpr, BLOCK_P: tl.constexpr, POLICY: tl.constexpr):
+    """Load [BLOCK_P, BLOCK_C] float32 from pixel `start` of a slice, zero outside of its area, and the mask.
+
+    area: the slice's pixels, channel and whether it is real [BLOCK_C], and WHOLE: no tile reaches beyond. The compiler
+    drops a mask that is always true, and the registers that it took.
+    """
+    pixels, channel, real, WHOLE = area
     row = tl.arange(0, BLOCK_P)
-    mask = (row < pixels - start)[:, None] & real[None, :]
+    if WHOLE:
+        mask = tl.full([BLOCK_P, channel.shape[0]], True, tl.int1)
+    else:
+        mask = (row < pixels - start)[:, None] & real[None, :]
     offsets = row[:, None] * C + channel[None, :]
     tile = tl.load(base + start * C + offsets, mask=mask, other=0.0, eviction_policy=POLICY)
     return tile.to(tl.float32), mask
@@ -169,7 +179,7 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1
             f"groups is {groups}: it takes enough of them that {blocked} have at most {LARGEST_ROW} channels"
         )
     if tile(blocked) <= REGISTER_TILE:
-        while may_double(blocked) and tile(2 * blocked) <= REGISTER_TILE:
+        while may_double(blocked) and tile(2 * blocked) <= WIDE_TILE:
             blocked *= 2
         block_pixels, slice_pixels = triton.next_power_of_2(pixels), pixels
         num_warps = max(1, tile(blocked) // WARP_TILE)
@@ -186,10 +196,18 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1
     return Plan(blocked, block_channels(blocked), block_pixels, slices, slice_pixels, num_warps)
 
 
-def divide(x: Tensor, groups: int, inputs: int = 1) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan for x [N, C, H, W], and the sizes that all these kernels take; `inputs` as for `plan`."""
+def divide(x: Tensor, groups: int, inputs: int = 1, dropout: bool = False) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan for x [N, C, H, W], and the sizes that all these kernels take; `inputs` as for `plan`.
+
+    Registers are limited where two blocks then share a multiprocessor, one computing while the other waits for memory,
+    and nothing spills: forward, where nothing is masked or dropped. (Of 64 registers backward spills 16 to 256 bytes.)
+    """
     C, HW = x.shape[1], x.shape[2] * x.shape[3]
     chosen = plan(HW, C, groups, x.element_size(), inputs)
+    blocks = triton.cdiv(groups, chosen.groups)
+    whole = chosen.slices * chosen.slice_pixels == HW and chosen.slice_pixels % chosen.block_pixels == 0
+    whole = whole and blocks * chosen.block_channels == C
+    limited = chosen.num_warps == LARGEST_WARPS and inputs == 1 and whole and not dropout
     assert chosen.groups * (C // groups) % 4 == 0 or chosen.groups >= groups, "a block starts within four words"
     return chosen, {
         "HW": HW,
@@ -197,12 +215,14 @@ def divide(x: Tensor, groups: int, inputs: int = 1) -> tuple[Plan, dict[str, Any
         "C": C,
         "G": groups,
         "SLICES": chosen.slices,
-        "BLOCKS": triton.cdiv(groups, chosen.groups),
+        "BLOCKS": blocks,
         "BLOCK_GROUPS": chosen.groups,
         "BLOCK_G": triton.next_power_of_2(chosen.groups),
         "BLOCK_C": chosen.block_channels,
         "BLOCK_P": chosen.block_pixels,
+        "WHOLE": whole,
         "num_warps": chosen.num_warps,
+        "maxnreg": TWO_BLOCKS if limited else None,
     }
 
 

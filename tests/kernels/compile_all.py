@@ -130,7 +130,8 @@ def specialise(launch: Launch, name: str, bulk_load_bytes: int = 0, bulk_store_b
                 divisible.append(place)
     warps = launch.arguments.get("num_warps", 4)
     bulk = bulk_load_bytes // 16 * 16, bulk_store_bytes // 16 * 16
-    return Specialisation(launch.kernel, tuple(types), tuple(constants), tuple(divisible), warps, *bulk, name)
+    options = tuple((option, launch.arguments[option]) for option in ("maxnreg",) if option in launch.arguments)
+    return Specialisation(launch.kernel, tuple(types), tuple(constants), tuple(divisible), warps, *bulk, name, options)
 
 
 def widths(ptx: str, instruction: str) -> dict[int, int]:

@@ -194,6 +194,20 @@ def test_every_division_of_the_work(case: Case, assert_close: Callable[..., None
     assert_close(case._replace(shape=(2, 32, 5, 7)))
 
 
+@pytest.mark.parametrize(
+    "slices", [Plan(4, 16, 32, 1, 32, 4), Plan(4, 16, 8, 1, 32, 4), Plan(4, 16, 8, 2, 16, 4)], ids=str
+)
+def test_divisions_into_whole_tiles(
+    slices: Plan, monkeypatch: pytest.MonkeyPatch, assert_close: Callable[..., None]
+) -> None:
+    """32 pixels in one tile, in a loop, and split: nothing is masked, where of 35 pixels something always is."""
+    monkeypatch.setattr(group_norm_tiles, "plan", lambda *size: slices)
+    case = FULL._replace(shape=(2, 32, 4, 8))
+    assert group_norm_tiles.divide(make(case).x, 8)[1]["WHOLE"]
+    assert not group_norm_tiles.divide(make(case._replace(shape=(2, 32, 5, 7))).x, 8)[1]["WHOLE"]
+    assert_close(case)
+
+
 @pytest.mark.usefixtures("divide_by")
 @pytest.mark.parametrize(("dtype", "mean", "spread"), [(torch.float32, 1000.0, 1e-2), (torch.bfloat16, 32.0, 1.0)])
 def test_large_mean_small_variance(

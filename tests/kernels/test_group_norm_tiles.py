@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from ddpm_fast.kernels.group_norm_silu import group_norm_silu
 from ddpm_fast.kernels.group_norm_silu_backward import group_norm_silu_backward
-from ddpm_fast.kernels.group_norm_tiles import plan
+from ddpm_fast.kernels.group_norm_tiles import divide, plan
 
 
 @pytest.mark.parametrize(("pixels", "inputs"), [(4096, 1), (256, 2)])
@@ -34,6 +34,31 @@ def test_plan_takes_each_path() -> None:
     assert plan(1024, 384, 32, 2).slices == 1
     assert not plan(1024, 384, 32, 2).one_tile
     assert plan(65536, 128, 32, 2).slices == 64
+
+
+@pytest.mark.parametrize("channels", [128, 256, 512])
+def test_several_blocks_share_a_multiprocessor(channels: int) -> None:
+    """A block of 16 warps is alone on one unless it is compiled for 64 registers, which not every kernel can be."""
+
+    def options(size: int, **options: Any) -> dict[str, Any]:
+        x = torch.empty(1, channels, size, size, dtype=torch.bfloat16, device="meta")
+        return divide(x, 32, **options)[1]
+
+    largest = options(32)
+    assert (largest["num_warps"], largest["maxnreg"], largest["WHOLE"]) == (16, 64, True)
+    assert options(32, dropout=True)["maxnreg"] is None
+    assert options(28)["maxnreg"] is None  # masked: 784 pixels in a tile of 1,024
+    assert options(16, inputs=2)["num_warps"] == 8
+    assert options(16, inputs=2)["maxnreg"] is None
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(384, 32), (36, 3)])
+def test_lanes_without_a_channel_are_masked(channels: int, groups: int) -> None:
+    """12 channels a group in 16 or 32 lanes, also where a block's lanes divide the channels."""
+    x = torch.empty(1, channels, 4, 4, device="meta")
+    chosen, sizes = divide(x, groups)
+    assert chosen.block_channels > chosen.groups * 12 or channels % (chosen.groups * 12)
+    assert not sizes["WHOLE"]
 
 
 def good(device: str) -> dict[str, Any]:
