@@ -12,8 +12,19 @@ from torch import Tensor
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Compute `torch.nn.functional.group_norm`, by `narrow_group_norm` where that is faster."""
-    return (narrow_group_norm if pays_for(x, groups) else F.group_norm)(x, groups, weight, bias, eps)
+    """Compute `torch.nn.functional.group_norm`, by `narrow_group_norm` where that is faster, or the only way."""
+    ours = pays_for(x, groups) or ends_pytorch(x, weight, bias)
+    return (narrow_group_norm if ours else F.group_norm)(x, groups, weight, bias, eps)
+
+
+def ends_pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Return whether PyTorch's own backward pass would end the process.
+
+    On a CPU it ends in a segmentation fault where x is NHWC and needs no gradient, but weight or bias does: behind a
+    layer that is frozen or detached (seen in PyTorch 2.11 and 2.13).
+    """
+    parameters_learn = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
+    return x.device.type == "cpu" and parameters_learn and not x.requires_grad
 
 
 def pays_for(x: Tensor, groups: int) -> bool:

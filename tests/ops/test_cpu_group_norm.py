@@ -1,12 +1,15 @@
 """GroupNorm of narrow groups on a CPU against PyTorch's own, in float64 and by finite differences."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast.ops import reference
-from ddpm_fast.ops.cpu_group_norm import group_norm, narrow_group_norm, pays_for
+from ddpm_fast.ops.cpu_group_norm import ends_pytorch, group_norm, narrow_group_norm, pays_for
 
 EPS = 1e-6
 
@@ -53,3 +56,35 @@ def test_a_cpu_takes_it_where_it_pays_and_computes_the_same():
     theirs = F.silu(F.group_norm((x + shift[:, :, None, None]).double(), 32, weight.double(), bias.double(), EPS))
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
     assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+BACKWARD_BEHIND_A_FROZEN_LAYER = """
+import torch
+from ddpm_fast.ops.cpu_group_norm import group_norm
+x = torch.arange(4096.0).view(2, 32, 8, 8).sin().contiguous(memory_format=torch.channels_last)
+weight, bias = torch.ones(32, requires_grad=True), torch.zeros(32, requires_grad=True)
+(group_norm(x, 8, weight, bias, 1e-6) * x.cos()).sum().backward()
+print(weight.grad.tolist(), bias.grad.tolist(), sep="\\n")
+"""
+
+
+def test_behind_a_frozen_layer_its_backward_pass_comes_back():
+    """In a process of its own: PyTorch's ends it by a segmentation fault."""
+    command = [sys.executable, "-c", BACKWARD_BEHIND_A_FROZEN_LAYER]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr
+    ours = torch.tensor([[float(number) for number in line[1:-1].split(",")] for line in found.stdout.splitlines()])
+    x = torch.arange(4096.0, dtype=torch.float64).view(2, 32, 8, 8).sin()  # as NCHW, where PyTorch's own comes back
+    weight, bias = (make(32, dtype=torch.float64).requires_grad_() for make in (torch.ones, torch.zeros))
+    gradients = torch.autograd.grad((F.group_norm(x, 8, weight, bias, EPS) * x.cos()).sum(), (weight, bias))
+    torch.testing.assert_close(ours.double(), torch.stack(gradients), rtol=1e-3, atol=1e-3)
+
+
+def test_only_there_it_stands_in_for_pytorchs():
+    x, weight, bias = tensors((2, 8, 4, 4), torch.float32)
+    assert not ends_pytorch(x, weight, bias)
+    weight.requires_grad_()
+    assert ends_pytorch(x, weight, bias)
+    assert not ends_pytorch(x.clone().requires_grad_(), weight, bias)
+    with torch.no_grad():
+        assert not ends_pytorch(x, weight, bias)
