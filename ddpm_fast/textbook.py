@@ -35,11 +35,10 @@ def make_betas(config: DiffusionConfig) -> Tensor:
     if config.schedule == "linear":  # Section 4
         return torch.linspace(config.beta_start, config.beta_end, config.timesteps, dtype=torch.float64)
     u = torch.linspace(0, 1, config.timesteps + 1, dtype=torch.float64)
-    if config.schedule == "cosine":  # Nichol and Dhariwal 2021, Equation 17
-        alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    else:  # sigmoid: Chen 2023, Algorithm 1
-        curve = torch.sigmoid(3 - 6 * u)
-        alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])
+    cosine = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # Nichol and Dhariwal 2021, Equation 17
+    curve = torch.sigmoid(3 - 6 * u)
+    sigmoid = (curve - curve[-1]) / (curve[0] - curve[-1])  # Chen 2023, Algorithm 1
+    alpha_bar = {"cosine": cosine, "sigmoid": sigmoid}[config.schedule]
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
@@ -210,9 +209,8 @@ def choose_timesteps(total: int, steps: int, spacing: Spacing) -> Tensor:
     """Choose which K = steps of T = total timesteps a sampler visits: [K], ascending (Lin et al. 2024, Table 2)."""
     if spacing == "trailing":
         return (total - torch.arange(steps).double() * (total / steps)).round().long().flip(0) - 1
-    if spacing == "leading":
-        return torch.arange(steps) * (total // steps)
-    return torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
+    linspace = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
+    return {"leading": torch.arange(steps) * (total // steps), "linspace": linspace}[spacing]
 
 
 def predict(unet: nn.Module, x_t: Tensor, t: int, process: ForwardProcess) -> tuple[Tensor, Tensor]:
@@ -223,8 +221,10 @@ def predict(unet: nn.Module, x_t: Tensor, t: int, process: ForwardProcess) -> tu
         x_start, eps = (x_t - b * output) / a, output  # Equation 15
     elif process.config.prediction == "x0":
         x_start, eps = output, (x_t - a * output) / b
-    else:
+    elif process.config.prediction == "v":
         x_start, eps = a * x_t - b * output, b * x_t + a * output  # Salimans and Ho 2022, Appendix D
+    else:
+        raise KeyError(process.config.prediction)
     return x_start.clamp(-1, 1) if process.config.clip else x_start, eps
 
 
@@ -293,6 +293,7 @@ def main() -> None:
     x = sample_ddpm(ema, torch.randn(64, 1, 8, 8), ForwardProcess(config.diffusion))
     grid = F.pad((x.clamp(-1, 1) + 1) * 127.5, (1, 1, 1, 1)).view(8, 8, 10, 10).transpose(1, 2).reshape(80, 80).byte()
     Image.fromarray(grid.numpy()).resize((640, 640), Image.Resampling.NEAREST).save("textbook-digits.png")
+    print("new digits: textbook-digits.png")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,17 @@ def test_the_paper_networks_have_the_published_sizes():
         assert sum(p.numel() for p in unet.parameters()) == count
 
 
+def test_a_name_that_the_textbook_lacks_is_refused():
+    config = DiffusionConfig()
+    for field in ("schedule", "prediction"):
+        object.__setattr__(config, field, "unknown")  # past the dataclass, which refuses it as well
+    with pytest.raises(KeyError, match="unknown"):
+        textbook.make_betas(config)
+    object.__setattr__(config, "schedule", "linear")
+    with pytest.raises(KeyError, match="unknown"):
+        textbook.training_loss(nn.Identity(), torch.zeros(1, 3, 8, 8), Config(diffusion=config))
+
+
 def test_initial_weights_are_xaviers_and_branches_begin_near_zero():
     torch.manual_seed(0)
     unet = textbook.UNet(UNetConfig(3, 8, 8, 64, (1, 2), 1, (4,)))

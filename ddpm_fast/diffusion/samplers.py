@@ -167,6 +167,8 @@ def sampler_table(diffusion: DiffusionConfig, sampler: SamplerConfig = PAPER) ->
         row = ddpm_rows(alpha_bar, t, diffusion.prediction, diffusion.variance)
     elif sampler.sampler == "ddim":
         row = ddim_rows(alpha_bar, t, diffusion.prediction, sampler.eta)
-    else:
+    elif sampler.sampler == "dpm++":
         row = dpm_solver_rows(alpha_bar, t, diffusion.prediction)
+    else:
+        raise NotImplementedError(f"--sampler {sampler.sampler} has no rows here")
     return SamplerTable(torch.stack(row, dim=1), diffusion.clip)

@@ -201,7 +201,7 @@ class Run:
                 if last or (training.sample_every and trainer.step % training.sample_every == 0):
                     self.draw()
                 if signals.received and not last:
-                    saved = f"saved step {trainer.step} in {self.directory}; add --resume to continue"
+                    saved = f"saved step {trainer.step}; continue by ddpm-fast train --out {self.directory} --resume"
                     raise InterruptedRunError(signals.received, saved)
 
     def _stop_if_not_finite(self) -> None:
