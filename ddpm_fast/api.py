@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from ddpm_fast.checks.mathematics import check_start, report
+from ddpm_fast.checks.results import report
+from ddpm_fast.checks.suite import check_run
 from ddpm_fast.config import Config, LoadOptions
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.errors import MathematicsError, require
@@ -113,7 +114,7 @@ def train_config(config: Config, out: str = "", resume: bool = False, progress: 
     if resume:
         print(f"{directory}: " + (f"continuing at step {step}" if found else "no checkpoint, starting at step 0"))
     with enough_memory(device, training.batch_size // training.accumulate):
-        if report(check_start(config, dataset, device)):
+        if report(check_run(config, dataset, device), strict=config.checks.strict):
             raise MathematicsError("the mathematics is wrong: nothing was trained")
         run = Run(directory, config, dataset, found, progress)
         how = f"{device.type}, {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"

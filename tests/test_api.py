@@ -214,7 +214,7 @@ def test_training_returns_the_run_and_resuming_continues_it():
 
 def test_a_failed_check_raises_and_nothing_is_trained():
     with pytest.raises(ddpm_fast.MathematicsError, match="nothing was trained"):
-        ddpm_fast.train(beta_end=0.01)
+        ddpm_fast.train(learning_rate=1e3)
     assert list(Path().iterdir()) == []
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast.checks.process import CheckResult
+from ddpm_fast.checks.results import CheckResult, judged
 from ddpm_fast.config import Config, UNetConfig
 from ddpm_fast.constants import StepFigures, StepNumbers
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, random_timesteps
@@ -288,7 +288,7 @@ def check_kernels(ops: Ops, config: Config, device: torch.device, dtype: torch.d
     """Check every kernel at this U-Net's shapes on a few images, one line per op and direction."""
     for name, (error, bound, shape) in worst_cases(ops, config, QUICK_IMAGES, device, dtype).items():
         line, file = f"the {name} kernel equals plain PyTorch", FILES.get(name, f"kernels/{name.split()[0]}.py")
-        yield CheckResult(line, error <= bound, f"below {bound:.1e}", f"{error:.1e} at {shape}", file)
+        yield CheckResult("kernels", line, judged(error <= bound), f"<= {bound:.1e}", f"{error:.1e} at {shape}", file)
 
 
 def kernel_table(ops: Ops, config: Config, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, bool]]:

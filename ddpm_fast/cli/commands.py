@@ -2,16 +2,17 @@
 
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ddpm_fast.api import train_config
-from ddpm_fast.checks.mathematics import check_run, report, report_kernels
+from ddpm_fast.checks.results import report
+from ddpm_fast.checks.suite import check_run, report_kernels
 from ddpm_fast.cli.arguments import SampleArguments
-from ddpm_fast.config import Config, with_training
+from ddpm_fast.config import CheckConfig, Config, with_training
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.files import replace_file, require_writable
 from ddpm_fast.runs import checkpoint
@@ -117,7 +118,9 @@ def check(config: Config, run: str) -> int:
     found = checkpoint.resolve(Path(run)) if run else None
     if found is not None:
         asked = config.training
-        config = with_training(found.config, device=asked.device, kernels=asked.kernels)
+        checks = CheckConfig(found.config.checks.accept + config.checks.accept, config.checks.strict)
+        config = replace(with_training(found.config, device=asked.device, kernels=asked.kernels), checks=checks)
     device = prepare_device(config.training.device, config.training.precision)
     dataset = open_dataset(config.data, config.unet, progress=_progress())
-    return report(check_run(config, dataset, device, found), full=True) or report_kernels(config, device)
+    results = check_run(config, dataset, device, found, full=True)
+    return report(results, full=True, strict=config.checks.strict) or report_kernels(config, device)

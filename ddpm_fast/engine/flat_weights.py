@@ -83,7 +83,11 @@ class FlatWeights:
         for dtype in dict.fromkeys(parameter.dtype for parameter in self._computing.values()):
             found = {name: p.grad for name, p in self._computing.items() if p.dtype == dtype and p.grad is not None}
             collect = torch._foreach_add_ if add else torch._foreach_copy_
-            collect([self.gradients[name] for name in found], list(found.values()))
+            if found:
+                collect([self.gradients[name] for name in found], list(found.values()))
+        without = [self.gradients[name] for name, p in self._computing.items() if p.grad is None]
+        if without and not add:  # a layer that this step left out: else the last step's gradient would count again
+            torch._foreach_zero_(without)
         for parameter in self._computing.values():
             parameter.grad = None
 

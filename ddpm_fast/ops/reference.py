@@ -275,7 +275,8 @@ def adam_ema(
         ema_decay: see `ema_decay_at`.
     """
     number, figure = StepNumbers(*numbers.unbind()), StepFigures(*figures.unbind())
-    norm = torch.linalg.vector_norm(gradient)
+    # In parts: a CPU adds up all squares in one float32, which is 0.2% short for 36 million of them.
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradient.split(1 << 14))))
     finite = torch.isfinite(loss) & torch.isfinite(norm)
     number.bad_step.copy_(torch.where((number.bad_step < 0) & ~finite, number.step, number.bad_step))
     moves = number.bad_step < 0

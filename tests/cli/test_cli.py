@@ -15,6 +15,7 @@ import ddpm_fast
 from ddpm_fast.cli import main as cli
 from ddpm_fast.errors import InputError
 from ddpm_fast.presets import PRESETS
+from ddpm_fast.runs.run import read_config
 
 TINY = "--channels 8 --channel-multipliers 1 --res-blocks 1 --attention-resolutions --groups 4 --batch-size 4"
 TINY_RUN = f"{TINY} --steps 3 --sample-every 0 --timesteps 25 --schedule linear --beta-end 0.5 --device cpu"
@@ -169,21 +170,40 @@ def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(tmp_path, torn
 
 
 def test_a_failed_check_exits_with_3_and_writes_nothing(tmp_path, capsys):
-    status, out, err = run(f"train --out {tmp_path}/run {TINY_RUN.replace('0.5', '0.01')}", capsys)
+    hopeless = f"{TINY_RUN} --learning-rate 3"
+    status, out, err = run(f"train --out {tmp_path}/run {hopeless}", capsys)
     assert status == 3
-    assert "FAIL the schedule ends in noise" in out
-    assert "ok   Var[x_t] = 1" in out
+    assert re.search(r"\n  FAIL    5 steps at a learning rate of 3 lower the loss", out)
+    assert "CHANGED --learning-rate is near its preset's: expected about 0.001" in out
     assert err == "ddpm-fast: the mathematics is wrong: nothing was trained\n"
     assert not (tmp_path / "run").exists()
-    status, out, err = run(f"check {TINY_RUN.replace('0.5', '0.01')}", capsys)
+    status, out, err = run(f"check {hopeless}", capsys)
     assert status == 3
-    assert "FAIL the schedule ends in noise" in out
-    assert "trained" not in out + err
+    assert "nothing was trained" not in out + err
+    assert "(if this is meant: --accept fit)" in out
+
+
+def test_a_fault_that_is_accepted_is_trained_with_and_remembered(tmp_path, capsys):
+    hopeless = f"{TINY_RUN} --learning-rate 3 --accept fit"
+    status, out, _ = run(f"train --out {tmp_path}/run {hopeless}", capsys)
+    assert (status, "CHANGED 5 steps at a learning rate of 3" in out) == (0, True)
+    found = read_config(tmp_path / "run")
+    assert found is not None
+    assert found[0].checks.accept == ("fit",)
+    status, out, _ = run(f"train --out {tmp_path}/strict {hopeless} --strict", capsys)
+    assert (status, "leave out --strict" in out) == (3, True)
 
 
 def test_checks_that_pass_before_a_run_are_one_line(tmp_path, capsys):
     status, out, _ = run(f"train --out {tmp_path}/run {TINY_RUN}", capsys)
     assert status == 0
+    assert "FAIL" not in out
+    assert re.search(
+        r"^\d+ checks passed, \d+ CHANGED in [\d.]+ s$", out, re.MULTILINE
+    )  # other values than the preset's
+    status, out, _ = run(
+        f"train --out {tmp_path}/digits --steps 1 --sample-every 0 --batch-size 8 --device cpu", capsys
+    )
     assert re.fullmatch(r"checking the mathematics: \d+ checks passed in [\d.]+ s", out.splitlines()[0])
     assert "expected" not in out
 
@@ -222,11 +242,11 @@ def test_the_version_is_the_packages(capsys):
     assert run("--version", capsys)[:2] == (0, f"ddpm-fast {ddpm_fast.__version__}\n")
 
 
-def test_check_of_a_run_leaves_out_the_first_loss(trained, capsys):
+def test_a_run_is_checked_in_full(trained, capsys):
     status, out, _ = run(f"check {trained}", capsys)
     assert status == 0
-    assert "first loss" not in out
-    assert "output depends on t" in out
+    assert "ok      the U-Net is the textbook's, block by block" in out
+    assert "ok      the average is lent for previews" in out
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -11,14 +11,15 @@ from torch import Tensor
 from ddpm_fast.config import Config, DiffusionConfig, UNetConfig, with_training
 from ddpm_fast.engine.flat_weights import ALIGNMENT, FlatWeights
 from ddpm_fast.engine.trainer import Trainer, new_unet
+from ddpm_fast.model.unet import UNet
 from ddpm_fast.presets import PRESETS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-UNET = UNetConfig(3, 8, 8, 8, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=4)
+SMALL = UNetConfig(3, 8, 8, 8, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=4)
 
 
 def configuration(**changes: object) -> Config:
-    config = replace(PRESETS["cifar10"], unet=UNET, diffusion=DiffusionConfig(timesteps=20, beta_end=0.4))
+    config = replace(PRESETS["cifar10"], unet=SMALL, diffusion=DiffusionConfig(timesteps=20, beta_end=0.4))
     return with_training(config, **{"batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-3, **changes})
 
 
@@ -124,6 +125,39 @@ def test_parts_gradients_are_added_in_float32():
             gradient.double(), total[name], rtol=1e-6, atol=1e-6 * float(total[name].abs().max())
         )
     assert float(made.flat.gradient.abs().max()) > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_frozen_stays_and_the_rest_trains(monkeypatch, precision):
+    """On a CPU this ended the process: see `cpu_group_norm.ends_pytorch`."""
+    build = UNet.__init__
+
+    def frozen(self: UNet, config: UNetConfig) -> None:
+        build(self, config)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not is_frozen(name))
+
+    def is_frozen(name: str) -> bool:
+        kept_in_float32 = "norm" in name or name.endswith("conv1.bias")  # where the rest computes in bfloat16
+        return name.startswith("conv_in") or kept_in_float32
+
+    monkeypatch.setattr(UNet, "__init__", frozen)
+    made = trainer(precision)
+    before = {name: parameter.detach().clone() for name, parameter in made.parameters.items()}
+    made.train_step_no_sync()
+    for name, parameter in made.parameters.items():
+        assert torch.equal(parameter, before[name]) == is_frozen(name) or name.endswith("to_k.bias"), name
+
+
+def test_a_gradient_is_not_counted_twice_where_a_step_leaves_its_layer_out():
+    made = trainer("fp32")
+    made.train_step_no_sync()
+    assert made.gradients["conv_in.weight"].any()
+    made.unet.conv_in.requires_grad_(False)
+    made.load_batch()
+    made.backward()
+    assert not made.gradients["conv_in.weight"].any()
+    assert made.gradients["conv_out.weight"].any()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -196,3 +196,10 @@ def test_a_gradient_whose_square_overflows_stops_as_well(device):
     state, gradient = start(8, device), torch.full((8,), 1e30, device=device)
     take_step("kernel", state, gradient, torch.tensor(0.25, device=device))
     assert int(state.numbers[STEP_NUMBER.bad_step]) == 0
+
+
+def test_the_norm_of_millions_of_numbers_is_right(device):
+    """PyTorch's own of as many is 1e-4 short on a CPU."""
+    state, gradient = start(4_000_000, device), normal(4_000_000, 0, device)
+    take_step("reference", state, gradient, torch.zeros((), device=device))
+    assert float(state.figures[STEP_FIGURE.gradient_norm]) == pytest.approx(float(gradient.double().norm()), rel=1e-6)

@@ -1,0 +1,105 @@
+"""Dropout in training, from recorded activations: what is dropped, how much, and how the rest is scaled.
+
+What was dropped is 0 behind a ResBlock's second GroupNorm, and is not without dropout.
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_fast.checks.recording import Call, TrainingStep
+from ddpm_fast.checks.results import CheckResult, judged
+
+SIGMAS = 5.0
+"""Standard errors that a share may be off: 1 false alarm in 1.7 million."""
+SCALE_BOUND = 1e-3
+NORM, BLOCKS = "ddpm_fast/ops/reference.py", "ddpm_fast/model/blocks.py"
+
+Masks = dict[tuple[int, str], Tensor]
+"""By the step's number and the layer: as `dropped` returns them, of the whole batch."""
+
+
+class KeptAsRecorded(nn.Dropout):
+    """The textbook's dropout of what the engine dropped, scaled as the engine did."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        """Take the engine's calls of the norm before it."""
+        super().__init__()
+        self.factor = torch.cat([factor(call) for call in calls]) if calls else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if self.factor is None or self.factor.shape != input.shape else input * self.factor
+
+
+def dropped(call: Call) -> Tensor:
+    """Return what a call dropped: [N, C, H, W], 1 where it did, 0 where not, NaN where there was nothing to drop."""
+    if call.undropped is None:
+        return torch.zeros_like(call.returned)
+    return torch.where(call.undropped == 0, torch.nan, (call.returned == 0).float())
+
+
+def scale_of(call: Call) -> float:
+    """Return by what a call multiplied what it kept: the median, since rounding makes it no one number."""
+    if call.undropped is None:
+        return 1.0
+    kept = (call.returned != 0) & (call.undropped != 0)
+    return float((call.returned[kept].double() / call.undropped[kept].double()).median()) if kept.any() else 1.0
+
+
+def factor(call: Call) -> Tensor:
+    """Return what a call multiplied by: 0 where it dropped: [N, C, H, W] float64."""
+    return (dropped(call) != 1).double() * scale_of(call)
+
+
+def check_dropout(steps: list[TrainingStep], fused: bool) -> Iterator[CheckResult]:
+    """Check dropout's share, that no two masks are alike, and the scale of what is kept."""
+    p, file = steps[0].config.unet.dropout, "kernels/group_norm_silu.py" if fused else NORM
+    calls = {
+        (step.number, name): found
+        for step in steps
+        for name, found in step.modules.items()
+        if name.endswith("norm2") and found
+    }
+    masks = {key: torch.cat([dropped(call) for call in found]) for key, found in calls.items()}
+    if not masks:
+        return
+    by_examples = {tuple(step.joined("q_sample", "sample_index").tolist()): step.number for step in steps}
+    others = by_examples.values()  # steps of the same examples, which would be a fault of their own, drop the same
+    alike = _most_alike({key: mask for key, mask in masks.items() if key[0] in others}, p) if p else ""
+    n = sum(int((~mask.isnan()).sum()) for mask in masks.values())
+    share = sum(float(mask.nansum()) for mask in masks.values()) / n
+    independent = n if not alike else min(mask[0].numel() for mask in masks.values())
+    right, file = abs(share - p) <= SIGMAS * (p * (1 - p) / independent) ** 0.5, f"{file} or {BLOCKS}"
+    expected = f"{p:.1%} of what is behind norm2" if p else "nothing"
+    yield CheckResult("dropout", "dropout drops its share", judged(right), expected, f"{share:.2%}", file)
+    if p == 0:
+        return
+    name, found = "dropout drops other places in every layer, example and step", alike or "all differ"
+    yield CheckResult("dropout", name, judged(not alike), "no two masks alike", found, file)
+    scales = [scale_of(call) for found in calls.values() for call in found]
+    worst = max(scales, key=lambda scale: abs(scale * (1 - p) - 1))
+    right = abs(worst * (1 - p) - 1) < SCALE_BOUND or share == 0
+    name, expected = "what dropout keeps is divided by 1 - p", f"times {1 / (1 - p):.4f}"
+    yield CheckResult("dropout", name, judged(right), expected, f"times {worst:.4f}", file)
+
+
+def _most_alike(masks: Masks, p: float) -> str:
+    """Return which masks agree more, or less, often than independent ones, or nothing."""
+    values, layers = list(masks.items()), {}
+    pairs: list[tuple[str, Tensor, Tensor]] = []
+    for (number, name), mask in values:
+        pairs += [(f"examples of {name}", mask[1:], mask[:-1])] if len(mask) > 1 else []
+        if (number, mask.shape) in layers:
+            before, other = layers[number, mask.shape]
+            pairs.append((f"{before} and {name}", other, mask))
+        layers[number, mask.shape] = (name, mask)
+        pairs += [(f"{name} in steps {number} and {n}", mask, m) for (n, o), m in values if o == name and n > number]
+    usual = p**2 + (1 - p) ** 2
+    for words, one, other in pairs:
+        both = ~(one + other).isnan()
+        agreement = float((one == other)[both].double().mean())
+        if abs(agreement - usual) > SIGMAS * (usual * (1 - usual) / max(int(both.sum()), 1)) ** 0.5 + 1e-9:
+            return f"{words} agree in {agreement:.0%} of all places, not {usual:.0%}"
+    return ""

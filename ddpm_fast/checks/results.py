@@ -1,0 +1,86 @@
+"""What a check found, and how that is told: right, another thing than the paper's, or wrong."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from ddpm_fast.config import Stage
+
+
+class Verdict(Enum):
+    """What follows from a check."""
+
+    RIGHT = "ok"
+    CHANGED = "CHANGED"
+    """Consistent, but another thing than the paper's: said, and training goes on."""
+    WRONG = "FAIL"
+    """What was asked for is not what is computed: nothing is trained."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One thing that was checked."""
+
+    stage: Stage
+    name: str
+    verdict: Verdict
+    expected: str
+    found: str
+    file: str
+    """To look at, if it is not right."""
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict is Verdict.RIGHT
+
+
+def judged(right: bool, otherwise: Verdict = Verdict.WRONG) -> Verdict:
+    """Return RIGHT, or what it is otherwise."""
+    return Verdict.RIGHT if right else otherwise
+
+
+def accepting(results: Iterable[CheckResult], accepted: Iterable[str]) -> Iterator[CheckResult]:
+    """Turn what is wrong in an accepted stage into CHANGED."""
+    accepted = set(accepted)
+    for result in results:
+        wrong = result.verdict is Verdict.WRONG and result.stage in accepted
+        yield replace(result, verdict=Verdict.CHANGED) if wrong else result
+
+
+def _shown(result: CheckResult) -> str:
+    tail = "" if result.passed else f"; look at {result.file}"
+    return f"  {result.verdict.value:<7} {result.name}: expected {result.expected}, found {result.found}{tail}"
+
+
+def report(results: Iterable[CheckResult], full: bool = False, strict: bool = False) -> int:
+    """Print one line when all is well, else the lines that are not, the first to look at first; in full every line.
+
+    Args:
+        results: as they are found.
+        full: print every line as it comes.
+        strict: count what is CHANGED as wrong.
+
+    Returns:
+        The exit status: 0, or 3 if anything is wrong.
+    """
+    started, done = time.perf_counter(), list[CheckResult]()
+    print("checking the mathematics" + (" in full" if full else ": "), end="\n" if full else "", flush=True)
+    for result in results:
+        done.append(result)
+        if full:
+            print(_shown(result), flush=True)
+    counts = {verdict: sum(result.verdict is verdict for result in done) for verdict in Verdict}
+    unusual = [result for result in done if not result.passed]
+    wrong = counts[Verdict.WRONG] + strict * counts[Verdict.CHANGED]
+    if unusual and not full:
+        first = sorted(unusual, key=lambda result: result.verdict is not Verdict.WRONG)  # stable: in the stages' order
+        print("\n" + "\n".join(map(_shown, first)))
+    if not wrong:
+        changed = f", {len(unusual)} CHANGED" if unusual else ""
+        print(f"{counts[Verdict.RIGHT]} checks passed{changed} in {time.perf_counter() - started:.1f} s")
+        return 0
+    stages = dict.fromkeys(result.stage for result in unusual if result.verdict is Verdict.WRONG)
+    meant = f"--accept {' '.join(stages)}" if stages else "leave out --strict"
+    print(f"{wrong} of {len(done)} checks failed: the mathematics is wrong (if this is meant: {meant})")
+    return 3

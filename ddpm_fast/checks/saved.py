@@ -1,0 +1,216 @@
+"""Are the weights that were trained those that are saved, loaded and sampled from: the average, or the raw ones?
+
+Everything is written for real, into a directory that is removed afterwards.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from ddpm_fast.checks.draws import with_least_unet
+from ddpm_fast.checks.loops import BATCH, images_of, relative, tolerance
+from ddpm_fast.checks.pictures import bands_of
+from ddpm_fast.checks.results import CheckResult, Stage, judged
+from ddpm_fast.checks.sampling import perturb
+from ddpm_fast.config import Config, LoadOptions, SamplerConfig, SamplerName, SamplingOptions, with_training
+from ddpm_fast.data.dataset import Dataset
+from ddpm_fast.diffusion import samplers
+from ddpm_fast.engine import sampling
+from ddpm_fast.engine.execution import choose_dtype
+from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.model.unet import UNet
+from ddpm_fast.ops import choose_ops
+from ddpm_fast.runs import checkpoint, grids
+from ddpm_fast.runs.run import Run
+from ddpm_fast.runs.trained_model import Model
+
+STEP = 3
+SMALL: dict[str, Any] = {
+    "height": 4,
+    "width": 6,
+    "channels": 4,
+    "channel_multipliers": (1,),
+    "res_blocks": 1,
+    "attention_resolutions": (),
+    "groups": 2,
+}
+"""What replaces the fields of the run's U-Net."""
+CHECKPOINT, MODEL = "ddpm_fast/runs/checkpoint.py", "ddpm_fast/runs/trained_model.py"
+TRAINER, RUN = "ddpm_fast/engine/trainer.py", "ddpm_fast/runs/run.py"
+
+
+def check_saved(config: Config, device: torch.device) -> Iterator[CheckResult]:
+    """Check that what was trained is what is saved, loaded and sampled from: the average, or the raw weights.
+
+    Args:
+        config: the run's; its U-Net is a small one, since files know nothing of its structure.
+        device: to run on.
+    """
+    config = replace(config, unet=replace(config.unet, **SMALL))
+    config = with_training(config, device=device.type, compile=False, capture=False)
+    trainer = Trainer(config, _grey, device)
+    trainer.train_step_no_sync()
+    perturb(trainer.unet, seed=0)
+    _set_average(trainer, seed=1)
+    average, trained = _copies(trainer.ema), _copies(trainer.parameters)
+    with tempfile.TemporaryDirectory() as directory:
+        run = Path(directory)
+        checkpoint.save(run, STEP, config, "no data", trainer.state())
+        found = checkpoint.resolve(run)
+        parts: dict[str, Mapping[str, Tensor]] = {"model": trained, "ema": average}
+        wrong = [part for part, weights in parts.items() if not _equal(found.tensors(part), weights)]
+        name, expected = "a checkpoint holds the weights and their average", "both, bit for bit"
+        text, file = f"other {' and '.join(wrong)} weights" if wrong else expected, f"{TRAINER} or {CHECKPOINT}"
+        yield CheckResult("checkpoint", name, judged(not wrong), expected, text, file)
+        yield _check_resuming(trainer, found)
+        images = {part: _images(config, found.tensors(part), device) for part in parts}
+        yield from _check_models(config, run, images)
+    with trainer.ema_weights() as lent:
+        right = _equal(dict(lent.named_parameters()), average)
+    back = _equal(trainer.parameters, trained)
+    name, expected = "the average is lent for previews", "the average inside, the trained weights afterwards"
+    text = expected if right and back else "other weights " + ("afterwards" if right else "inside")
+    yield CheckResult("ema", name, judged(right and back), expected, text, TRAINER)
+    yield _check_previews(config)
+
+
+def _grey(first: int, n: int) -> tuple[Tensor, Tensor]:
+    """Return a batch of grey images; the trainer copies them to its device."""
+    return torch.full((n, 1, 1, 1), 128, dtype=torch.uint8), torch.arange(first, first + n)
+
+
+def _check_resuming(trainer: Trainer, found: checkpoint.Checkpoint) -> CheckResult:
+    """Check that a trainer that loads a checkpoint stands where the one that saved it stood."""
+    resumed = Trainer(trainer.config, _grey, trainer.device)
+    resumed.load_state(found.step, {part: found.tensors(part) for part in checkpoint.TENSOR_FILES})
+    unlike = [part for part, saved in trainer.state().items() if not _equal(resumed.state()[part], _copies(saved))]
+    unlike += ["step"] if resumed.step != STEP else []
+    name, expected = "a run resumes from what was saved", "weights, average, Adam's moments and step"
+    text = f"another {unlike[0]}" if unlike else expected
+    return CheckResult("checkpoint", name, judged(not unlike), expected, text, TRAINER)
+
+
+@torch.no_grad()
+def _set_average(trainer: Trainer, seed: int) -> None:
+    """Make the average unlike the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    for average in trainer.ema.values():
+        average.copy_(0.3 * torch.randn(average.shape, generator=generator))
+
+
+def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+
+
+def _equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of weights have the same names and values."""
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name].detach().cpu(), weight) for name, weight in expected.items()
+    )
+
+
+def _wanted(config: Config) -> SamplingOptions:
+    """Return a wish in which nothing has its default."""
+    steps = min(2, config.diffusion.timesteps)
+    where = {"count": 3, "seed": 2**32 + 5, "first_index": 17, "batch_size": BATCH}
+    return SamplingOptions("ddim", steps, eta=0.5, spacing="leading", **where)
+
+
+def _unet_with(config: Config, weights: Mapping[str, Tensor], device: torch.device) -> UNet:
+    """Return a U-Net that has these weights."""
+    with torch.device("meta"):
+        unet = UNet(config.unet).use(choose_ops(config.training.kernels, device))
+    unet.load_state_dict(weights, assign=True)
+    return unet.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _images(
+    config: Config, weights: Mapping[str, Tensor], device: torch.device, sampler: SamplerName = "ddim"
+) -> Tensor | None:
+    """Make the images that a model with these weights should make."""
+    unet, wanted = _unet_with(config, weights, device), replace(_wanted(config), sampler=sampler)
+    table = samplers.sampler_table(config.diffusion, SamplerConfig(sampler, wanted.steps, wanted.eta, wanted.spacing))
+    loop = sampling.SamplingLoop(unet, table, choose_dtype(config.training.precision, device))
+    return images_of(loop, sampling.ImageRange(wanted.seed, wanted.first_index, wanted.count))
+
+
+def _check_models(config: Config, run: Path, images: Mapping[str, Tensor | None]) -> Iterator[CheckResult]:
+    """Check a loaded model's configuration, and its images by either weights."""
+    training = config.training
+    choices: list[tuple[Literal["ema", "raw"], str, Stage]] = [("ema", "ema", "ema"), ("raw", "model", "checkpoint")]
+    models = dict[str, Model]()
+    for weights, part, stage in choices:
+        options = LoadOptions(weights, training.device, training.precision, training.kernels, False, False)
+        model = Model(run, options)
+        name, expected = f"a loaded model is the run's (--weights {weights})", "the configuration that was saved"
+        right = model.config == config and model.step == STEP
+        unlike = [part for part in ("unet", "diffusion", "data", "training") if _differ(model.config, config, part)]
+        text = expected if right else f"another {' and '.join(unlike) or 'step'}"
+        yield CheckResult("checkpoint", name, judged(right), expected, text, CHECKPOINT)
+        truths = {of: truth for of, truth in images.items() if truth is not None}
+        if len(truths) < len(images):  # without clipping, weights that were never trained may lead anywhere
+            continue
+        found = model.draw(_wanted(config))
+        off = {of: relative(found, truth) for of, truth in truths.items()}
+        nearest = min(off, key=lambda of: off[of])
+        name = f"--weights {weights} makes the images of {'the average' if weights == 'ema' else 'the raw weights'}"
+        right = off[part] <= tolerance(choose_dtype(training.precision, model.device))
+        other = f"{off[part]:.1e} off" + (f", those of the {nearest} weights" if off[nearest] < 1e-2 else "")
+        yield CheckResult(stage, name, judged(right), "the same images", other, MODEL)
+        models[weights] = model
+    if models:
+        yield _check_later_wishes(models["raw"], models["ema"].unet, images["ema"])
+
+
+def _check_later_wishes(model: Model, other: UNet, images: Tensor | None) -> CheckResult:
+    """Check that a model whose weights are exchanged, and that is asked for another sampler, does as it is told."""
+    assert images is not None
+    model.unet.load_state_dict(other.state_dict())
+    wanted, wrong = _wanted(model.config), list[str]()
+    options: dict[str, Any] = {f.name: getattr(wanted, f.name) for f in fields(wanted)}
+    if not _alike(model.sample(progress=False, **options), images):
+        wrong.append("new weights")
+    options["sampler"] = "ddpm"
+    truth = _images(model.config, other.state_dict(), model.device, "ddpm")
+    if truth is not None and not _alike(model.sample(progress=False, **options), truth):
+        wrong.append("another sampler")
+    name, expected = "a model takes its weights and its wishes as they are now", "the pictures of these"
+    text = f"other pictures after {wrong[0]}" if wrong else expected
+    return CheckResult("checkpoint", name, judged(not wrong), expected, text, MODEL)
+
+
+def _alike(pictures: grids.Images, images: Tensor) -> bool:
+    """Whether pictures show images, but for rounding."""
+    off = np.stack([bands_of(picture) for picture in pictures]).astype(int) - grids.to_uint8(images)
+    return int(np.abs(off).max()) <= 1
+
+
+def _differ(a: Config, b: Config, part: str) -> bool:
+    return getattr(a, part) != getattr(b, part)
+
+
+def _check_previews(config: Config) -> CheckResult:
+    """Check that the grids drawn during training are drawn from the average, at first and later."""
+    few = replace(config, diffusion=replace(config.diffusion, timesteps=min(2, config.diffusion.timesteps)))
+    few = with_training(with_least_unet(few, (config.unet.image_channels, 4, 4)), batch_size=1, accumulate=1)
+    blank, wrong = Dataset(np.zeros((1, 4, 4, config.unet.image_channels), np.uint8), "", ""), list[str]()
+    with tempfile.TemporaryDirectory() as directory:
+        run = Run(Path(directory), few, blank, None, progress=False)
+        with SummaryWriter(directory) as run.board:
+            for seed, time in enumerate(("first", "second"), start=1):
+                _set_average(run.trainer, seed)
+                run.draw()
+                assert run.loop is not None
+                average = sampling.sampling_copy(_unet_with(few, run.trainer.ema, run.trainer.device), run.loop.dtype)
+                same = _equal(dict(run.loop.unet.named_parameters()), _copies(dict(average.named_parameters())))
+                wrong += [] if same else [time]
+    name, expected = "previews are drawn from the average", "the average of that moment"
+    text = f"other weights the {wrong[0]} time" if wrong else expected
+    return CheckResult("ema", name, judged(not wrong), expected, text, f"{RUN} or {TRAINER}")

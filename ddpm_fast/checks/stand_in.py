@@ -1,0 +1,91 @@
+"""A small trainer that stands in for the run's own: its configuration and data, a few examples, exact arithmetic."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.config import Config, TrainingConfig, UNetConfig, with_training
+from ddpm_fast.engine.trainer import BatchFunction, Trainer
+from ddpm_fast.model.unet import UNet
+
+EXAMPLES = 8
+"""In a batch of the check, or fewer: see `FLOP`."""
+FLOP = 4e9
+"""Of one forward pass of a batch, at most; recording and recomputing three steps take some 20 times as long."""
+GPU_FLOP = 1e13
+
+
+def affordable(unet: UNetConfig, device: torch.device) -> UNetConfig:
+    """Return the U-Net, or one of the same kind that a check can run in seconds: fewer pixels, then fewer channels."""
+    limit = GPU_FLOP if device.type == "cuda" else FLOP
+    while flop_of(unet) * 2 > limit:
+        levels = len(unet.channel_multipliers)
+        if min(unet.height, unet.width) > 32 and min(unet.height, unet.width) >> levels >= 2:
+            attends = tuple(resolution // 2 for resolution in unet.attention_resolutions)
+            unet = replace(unet, height=unet.height // 2, width=unet.width // 2, attention_resolutions=attends)
+        elif unet.groups % 2 == 0 and unet.channels % 4 == 0:  # as many channels per group
+            unet = replace(unet, channels=unet.channels // 2, groups=unet.groups // 2)
+        else:
+            break
+    return unet
+
+
+@cache
+def flop_of(unet: UNetConfig) -> int:
+    """Return the FLOPs per image of one forward pass."""
+    with torch.device("meta"):
+        return UNet(unet).estimate_flop()
+
+
+def small_trainer(config: Config, batch: BatchFunction, device: torch.device) -> Trainer:
+    """Build a trainer of the run's own configuration and data on a few examples per step, in float32, eager.
+
+    A batch stays in two parts where the run accumulates. The U-Net is the run's own if it is `affordable`.
+    """
+    unet = affordable(config.unet, device)
+    limit = GPU_FLOP if device.type == "cuda" else FLOP
+    examples = max(2, min(EXAMPLES, int(limit / flop_of(unet))) // 2 * 2)
+    accumulate = min(config.training.accumulate, 2)
+    config = with_training(config, batch_size=examples, accumulate=accumulate, precision="fp32")
+    config = replace(config, unet=unet)
+
+    def cropped(first: int, n: int) -> tuple[Tensor, Tensor]:
+        images, sample_index = batch(first, n)
+        return images[:, :, : unet.height, : unet.width], sample_index
+
+    return Trainer(config, cropped, device)
+
+
+@torch.no_grad()
+def perturb(trainer: Trainer) -> None:
+    """Add noise to the weights, so that every branch matters: initially residual ones are 1e-5 of the trunk.
+
+    Each layer keeps the size of what passes through it, so that nothing overflows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.parameters.values():
+        spread = 0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
+        parameter.add_(spread * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Forbid TF32 for a while."""
+    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def steps_to_check(config: TrainingConfig) -> tuple[int, int, int]:
+    """Return the numbers of a run's first step, one in the warm-up, and one long after everything has warmed up."""
+    middle, warm = max(1, config.warmup_steps // 2), 100 / (1 - config.ema_decay)
+    return 0, middle, min(int(max(warm, 2 * config.warmup_steps, 1000)), 2**28)
