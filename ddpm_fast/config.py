@@ -258,7 +258,7 @@ class Config:
     """Everything that decides what a run computes."""
 
     preset: str = "digits"
-    """Name of the preset that gives the defaults for all the other flags."""
+    """What gives the defaults of all the other flags: digits, mnist, cifar10, church256 or celebahq256."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)

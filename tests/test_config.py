@@ -77,6 +77,12 @@ def test_not_a_number_is_refused_in_every_float_field(cls):
                 cls(**{field.name: float("nan")})
 
 
+def test_the_help_names_every_preset():
+    text = Path(config.__file__).read_text()
+    (sentence,) = [line for line in text.splitlines() if "What gives the defaults of all the other flags" in line]
+    assert re.findall(r"\w+", sentence.partition(":")[2].replace(" or ", " ")) == list(PRESETS)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name):
     values = json.loads(json.dumps(config.to_dict(PRESETS[name])))
