@@ -200,8 +200,9 @@ class Trainer:
 
 
 def _finite_hook(name: str, found: list[str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not torch.isfinite(output).all():
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        if not all(torch.isfinite(one).all() for one in outputs):
             found.append(name)
 
     return look

@@ -96,7 +96,7 @@ def test_resume_cuts_metrics_back_to_the_checkpoint(tmp_path):
 def test_a_signal_saves_and_leaves(tmp_path, number):
     running = run(tmp_path, with_training(TINY, steps=1000, save_every=1000))
     signal_after(running, 5, number)
-    with pytest.raises(InterruptedRunError, match=r"saved step 5 .* --resume") as interrupted:
+    with pytest.raises(InterruptedRunError, match=r"saved step 5; .* --resume") as interrupted:
         running.train()
     assert interrupted.value.exit_status == 128 + number
     found = checkpoint.newest(tmp_path)
