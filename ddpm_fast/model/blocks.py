@@ -170,12 +170,13 @@ def added_up(weight: Tensor) -> Tensor:
     """Turn a convolution of repeated pixels into a transposed one: weights [C_out, C, 3, 3] -> [C, C_out, 4, 4].
 
     Pixel 2 * i + e of the repeated map is pixel i, for e of 0 and 1. By tap k it adds to output 2 * i + e + 1 - k,
-    which is tap e + 2 - k of the transposed convolution.
+    which is tap e + 2 - k of the transposed convolution. Sums are of float32.
     """
-    taps = F.pad(weight.permute(0, 2, 3, 1).flip(1, 2), (0, 0, 1, 1, 1, 1))  # [C_out, 5, 5, C], in reverse
+    reverse = weight.to(torch.promote_types(weight.dtype, torch.float32)).permute(0, 2, 3, 1).flip(1, 2)
+    taps = F.pad(reverse, (0, 0, 1, 1, 1, 1))  # [C_out, 5, 5, C]
     taps = taps[:, :-1] + taps[:, 1:]
     taps = taps[:, :, :-1] + taps[:, :, 1:]
-    return taps.permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
+    return taps.permute(3, 0, 1, 2).to(weight.dtype, memory_format=torch.channels_last)
 
 
 class BlockList(nn.ModuleList):
