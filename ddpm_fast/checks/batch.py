@@ -41,19 +41,18 @@ def check_batch(trainer: Trainer, steps: list[TrainingStep], made: Made) -> Iter
 
 
 def _check_order(steps: list[TrainingStep]) -> CheckResult:
-    name, expected, found = "a step reads its own examples, in order", "", ""
+    name, file = "a step reads its own examples, in order", f"{TRAINER} or {DATA}"
     for step in steps:
         n = step.config.training.batch_size
-        first, used = step.number * n, step.joined("q_sample", "sample_index")
-        taken = [batch for batch in step.batches if batch[:2] == (first, n)]
-        same = bool(taken) and torch.equal(used, torch.arange(first, first + n, device=used.device))
-        given = step.joined("q_sample", "images")
-        same = same and (given.is_floating_point() or torch.equal(given, taken[0][2]))
-        if not same:
+        first, used, given = step.number * n, *(step.joined("q_sample", name) for name in ("sample_index", "images"))
+        numbered = torch.equal(used, torch.arange(first, first + n, device=used.device))
+        taken = [images for start, count, images, _ in step.batches if (start, count) == (first, n)]
+        if not numbered or not taken or not (given.is_floating_point() or torch.equal(given, taken[0])):
             expected = f"examples {first} to {first + n - 1} in step {step.number}"
-            found = f"{len(used)} of them, numbered from {int(used.min())} to {int(used.max())}"
-            break
-    return CheckResult("order", name, judged(not found), expected or "so", found or "so", f"{TRAINER} or {DATA}")
+            found = f"{len(used)}, numbered from {int(used.min())} to {int(used.max())}"
+            found = "other images under these numbers" if numbered else found
+            return CheckResult("order", name, judged(False), expected, found, file)
+    return CheckResult("order", name, judged(True), "step * batch size and what follows", "so", file)
 
 
 def what_q_sample_makes(trainer: Trainer, step: TrainingStep) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ class KeptAsRecorded(nn.Dropout):
         self.factor = torch.cat([factor(call) for call in calls]) if calls else None
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if self.factor is None or self.factor.shape != input.shape else input * self.factor
+        return input if self.factor is None or self.factor.shape != input.shape else input * self.factor.to(input.dtype)
 
 
 def dropped(call: Call) -> Tensor:
@@ -40,17 +40,20 @@ def dropped(call: Call) -> Tensor:
     return torch.where(call.undropped == 0, torch.nan, (call.returned == 0).float())
 
 
-def scale_of(call: Call) -> float:
-    """Return by what a call multiplied what it kept: the median, since rounding makes it no one number."""
+def scale_of(call: Call) -> float | None:
+    """Return by what a call multiplied what it kept, or nothing if it kept nothing.
+
+    It is the median, since rounding makes it no one number.
+    """
     if call.undropped is None:
         return 1.0
     kept = (call.returned != 0) & (call.undropped != 0)
-    return float((call.returned[kept].double() / call.undropped[kept].double()).median()) if kept.any() else 1.0
+    return float((call.returned[kept].double() / call.undropped[kept].double()).median()) if kept.any() else None
 
 
 def factor(call: Call) -> Tensor:
     """Return what a call multiplied by: 0 where it dropped: [N, C, H, W] float64."""
-    return (dropped(call) != 1).double() * scale_of(call)
+    return (dropped(call) != 1).double() * (scale_of(call) or 1.0)
 
 
 def check_dropout(steps: list[TrainingStep], fused: bool) -> Iterator[CheckResult]:
@@ -65,11 +68,11 @@ def check_dropout(steps: list[TrainingStep], fused: bool) -> Iterator[CheckResul
     masks = {key: torch.cat([dropped(call) for call in found]) for key, found in calls.items()}
     if not masks:
         return
-    by_examples = {tuple(step.joined("q_sample", "sample_index").tolist()): step.number for step in steps}
-    others = by_examples.values()  # steps of the same examples, which would be a fault of their own, drop the same
-    alike = _most_alike({key: mask for key, mask in masks.items() if key[0] in others}, p) if p else ""
     n = sum(int((~mask.isnan()).sum()) for mask in masks.values())
     share = sum(float(mask.nansum()) for mask in masks.values()) / n
+    by_examples = {tuple(step.joined("q_sample", "sample_index").tolist()): step.number for step in steps}
+    others = by_examples.values()  # steps of the same examples, which would be a fault of their own, drop the same
+    alike = _most_alike({key: mask for key, mask in masks.items() if key[0] in others}, share) if p else ""
     independent = n if not alike else min(mask[0].numel() for mask in masks.values())
     right, file = abs(share - p) <= SIGMAS * (p * (1 - p) / independent) ** 0.5, f"{file} or {BLOCKS}"
     expected = f"{p:.1%} of what is behind norm2" if p else "nothing"
@@ -78,8 +81,8 @@ def check_dropout(steps: list[TrainingStep], fused: bool) -> Iterator[CheckResul
         return
     name, found = "dropout drops other places in every layer, example and step", alike or "all differ"
     yield CheckResult("dropout", name, judged(not alike), "no two masks alike", found, file)
-    scales = [scale_of(call) for found in calls.values() for call in found]
-    worst = max(scales, key=lambda scale: abs(scale * (1 - p) - 1))
+    scales = [scale for found in calls.values() for call in found if (scale := scale_of(call)) is not None]
+    worst = max(scales, key=lambda scale: abs(scale * (1 - p) - 1), default=1 / (1 - p))
     right = abs(worst * (1 - p) - 1) < SCALE_BOUND or share == 0
     name, expected = "what dropout keeps is divided by 1 - p", f"times {1 / (1 - p):.4f}"
     yield CheckResult("dropout", name, judged(right), expected, f"times {worst:.4f}", file)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_fast import textbook
-from ddpm_fast.checks.network import textbook_unet
+from ddpm_fast.checks.followed import textbook_unet
 from ddpm_fast.checks.recording import distance
 from ddpm_fast.checks.results import CheckResult, Verdict, judged
 from ddpm_fast.engine.trainer import Trainer

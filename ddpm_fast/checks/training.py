@@ -11,9 +11,10 @@ from torch import Tensor
 from ddpm_fast.checks.batch import check_batch, check_x_t, what_q_sample_makes
 from ddpm_fast.checks.dropout import check_dropout
 from ddpm_fast.checks.fitting import check_fit
+from ddpm_fast.checks.followed import watched_modules
 from ddpm_fast.checks.layers import check_group_norm, check_time_shifts
 from ddpm_fast.checks.loss import check_loss
-from ddpm_fast.checks.network import check_network, watched_modules
+from ddpm_fast.checks.network import check_network
 from ddpm_fast.checks.recording import TrainingStep, copy_of_state, put_back, record_step
 from ddpm_fast.checks.results import CheckResult, Stage, Verdict
 from ddpm_fast.checks.stand_in import exact_float32, perturb, steps_to_check

@@ -15,6 +15,7 @@ from ddpm_fast.diffusion import schedule
 from ddpm_fast.engine import trainer as engine
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.ops import reference
+from tests.checks.faults_in_the_network import change_source
 
 UNET = UNetConfig(3, 4, 4, 8, (1,), res_blocks=1, attention_resolutions=(), dropout=0.1, groups=4)
 CONFIG = Config(
@@ -179,16 +180,24 @@ def the_network_gets_another_t(monkeypatch):
     )
 
 
+def the_loss_gets_another_prediction(monkeypatch):
+    change_source(
+        monkeypatch, Trainer, "_losses_of_batch", "noise_mse(prediction,", "noise_mse(prediction.clamp(-1, 1),"
+    )
+
+
+def the_prediction_is_clamped_in_the_loss(monkeypatch):
+    loss = reference.noise_mse
+    replace_op(monkeypatch, noise_mse=lambda x, *rest, **options: loss(x.clamp(-0.1, 0.1), *rest, **options))
+
+
 def change_loss(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Make each image's loss of its prediction and target, [N, C, H, W] each."""
 
     def loss(prediction, images, t, table, key, sample_index, *, flip=False):
         row = TrainingTable(*table[t].view(-1, 5, 1, 1, 1).unbind(1))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ops, "REFERENCE", ops.REFERENCE)
-            only = torch.tensor([(0.0, 1.0, 0, 0, 0)]).expand(len(table), -1), torch.tensor([(1.0, 0, 0, 0, 0)])
-            eps = reference.q_sample(images, t, only[0], key, sample_index, flip=flip)
-            x_start = reference.q_sample(images, t, only[1].expand(len(table), -1), key, sample_index, flip=flip)
+        rows = (torch.tensor([row]).expand(len(table), -1) for row in ((0.0, 1.0, 0, 0, 0), (1.0, 0.0, 0, 0, 0)))
+        eps, x_start = (reference.q_sample(images, t, of_one, key, sample_index, flip=flip) for of_one in rows)
         target = row.target_eps * eps + row.target_x_start * x_start
         return row.weight.flatten() * change(prediction.to(target.dtype), target)
 

@@ -44,6 +44,14 @@ def no_skips(monkeypatch):
     change_source(monkeypatch, UNet, "denoise", "skips.pop()", "torch.zeros_like(skips.pop())")
 
 
+def a_residual_around_the_network(monkeypatch):
+    change_source(monkeypatch, UNet, "denoise", "(self.conv_norm_out(h))", "(self.conv_norm_out(h)) + x")
+
+
+def output_clamped(monkeypatch):
+    change_source(monkeypatch, UNet, "denoise", "(self.conv_norm_out(h))", "(self.conv_norm_out(h)).clamp(-1, 1)")
+
+
 def silu_of_the_output_forgotten(monkeypatch):
     change_unet(monkeypatch, lambda unet: setattr(unet.conv_norm_out, "silu", False))
 

@@ -32,6 +32,7 @@ from tests.checks.faults_in_the_network import (
     the_same_places_in_every_layer,
 )
 from tests.checks.other_networks import (
+    a_residual_around_the_network,
     a_residual_forgotten_in_attention,
     a_shortcut_forgotten,
     another_block,
@@ -42,6 +43,7 @@ from tests.checks.other_networks import (
     no_silu_in_the_time_embedding,
     no_skips,
     no_time_embedding,
+    output_clamped,
     pytorchs_group_norm_eps,
     relu_for_silu,
     shifts_of_other_blocks,
@@ -122,6 +124,8 @@ CHANGES: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
     (pytorchs_group_norm_eps, "", REFERENCE),
     (skips_scaled, "up_blocks.0.resnets.0: its input", UNET),
     (no_skips, "up_blocks.0.resnets.0: its input", UNET),
+    (a_residual_around_the_network, "all of it: its output", UNET),
+    (output_clamped, "all of it: its output", UNET),
     (silu_of_the_output_forgotten, "conv_out: its input", UNET),
     (no_time_embedding, "", UNET),
     (half_a_time_embedding, "", UNET),
