@@ -13,7 +13,17 @@ import torch
 
 from ddpm_fast import config as names
 from ddpm_fast.checks.consistency import check_consistency, check_posterior
-from ddpm_fast.checks.loops import BATCH, IMAGES, LOOP, check_loop, images_of, relative, tolerance, without_dropout
+from ddpm_fast.checks.loops import (
+    BATCH,
+    IMAGES,
+    LOOP,
+    Network,
+    check_loop,
+    images_of,
+    relative,
+    tolerance,
+    without_dropout,
+)
 from ddpm_fast.checks.results import CheckResult, judged
 from ddpm_fast.checks.tables import (
     KNOWN_PREDICTIONS,
@@ -95,18 +105,17 @@ def check_loops(
         execution: how the run samples: other than eagerly, that is compared with the eager loop.
         graphs: what captures steps, if that is not CUDA.
     """
-    flop, small = unet.estimate_flop(), unet
+    flop, network = unet.estimate_flop(), Network(unet, without_dropout(unet, dtype), "")
     if flop > QUICK_FLOP:
-        small = _smaller(unet)
         if flop <= MOST_FLOP:
-            two_steps = SamplerConfig("ddim", min(2, diffusion.timesteps))
-            yield from check_loop(unet, without_dropout(unet), diffusion, two_steps, dtype, 1)
-    training = without_dropout(small)
+            yield from check_loop(network, diffusion, SamplerConfig("ddim", min(2, diffusion.timesteps)), dtype, 1)
+        small = _smaller(unet)
+        network = Network(small, without_dropout(small, dtype), " of a smaller U-Net")
     for number, sampler in enumerate(_loop_samplers(diffusion)):
-        yield from check_loop(small, training, diffusion, sampler, dtype, BATCH if number else IMAGES.count)
-    yield _check_new_weights(small, diffusion, dtype)
+        yield from check_loop(network, diffusion, sampler, dtype, BATCH if number else IMAGES.count)
+    yield _check_new_weights(network.unet, diffusion, dtype)
     if execution != EAGER:
-        yield _check_execution(small, diffusion, dtype, execution, graphs)
+        yield _check_execution(network.unet, diffusion, dtype, execution, graphs)
 
 
 def reduced(config: UNetConfig) -> UNetConfig:
@@ -145,7 +154,7 @@ def _check_new_weights(unet: UNet, diffusion: DiffusionConfig, dtype: torch.dtyp
     kept.load_weights(other)
     images = sampling.ImageRange(0, 0, 1)
     found, right = images_of(kept, images), images_of(fresh, images)
-    off = 0.0 if found is None or right is None else relative(found, right)
+    off = relative(found, right) if found is not None and right is not None else 0.0 if found is right else float("inf")
     name, text = "a loop samples from the weights it was told last", f"{off:.1e} off"
     return CheckResult("network", name, judged(off <= tolerance(dtype)), "a new loop's images", text, LOOP)
 

@@ -59,15 +59,19 @@ def check_schedule(diffusion: DiffusionConfig, training_table: Tensor) -> Iterat
     verdict = judged(last < ENDS_IN_NOISE, Verdict.CHANGED)
     name, expected = "the schedule ends in noise", f"at most {ENDS_IN_NOISE} of the image left at t = {total - 1}"
     yield CheckResult("schedule", name, verdict, expected, f"{last:.2g}", f"{SCHEDULE}, --timesteps or --beta-end")
-    row, exact = TrainingTable(*training_table.double().cpu().unbind(1)), alpha_bar
-    name, expected = "training adds the noise that sampling takes away", f"one alpha_bar for {total} timesteps"
+    yield _check_training_table(alpha_bar, training_table)
+
+
+def _check_training_table(alpha_bar: Tensor, training_table: Tensor) -> CheckResult:
+    """Check that training mixes image and noise by the alpha_bar [T] of sampling."""
+    name = "training adds the noise that sampling takes away"
+    row, total = TrainingTable(*training_table.double().cpu().unbind(1)), len(alpha_bar)
     if len(row.signal) != total:
-        text = f"{len(row.signal)} timesteps in training"
-        yield CheckResult("schedule", name, judged(False), expected, text, SCHEDULE)
-        return
-    off = torch.maximum((row.signal - exact.sqrt()).abs(), (row.noise - (1 - exact).sqrt()).abs()).max()
-    text = f"{float(off):.1e} off"
-    yield CheckResult("schedule", name, judged(float(off) < 1e-6), expected, text, SCHEDULE)
+        expected, text = f"{total} timesteps", f"{len(row.signal)} in training"
+        return CheckResult("schedule", name, judged(False), expected, text, SCHEDULE)
+    off = torch.maximum((row.signal - alpha_bar.sqrt()).abs(), (row.noise - (1 - alpha_bar).sqrt()).abs()).max()
+    expected, text = "one alpha_bar for both", f"{float(off):.1e} off"
+    return CheckResult("schedule", name, judged(float(off) < 1e-6), expected, text, SCHEDULE)
 
 
 def unknown(stage: Stage, what: str, consistency: str, file: str) -> CheckResult:

@@ -178,6 +178,16 @@ def prediction_subtracted_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @fault("sampler", OPS)
+def values_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = reference.reverse_step
+
+    def divided(x, *given, **options):
+        step(x.div_(x - x), *given, **options)
+
+    with_reverse_step(monkeypatch, divided)
+
+
+@fault("sampler", OPS)
 def x0_of_the_next_step_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     step = reference.reverse_step
 
