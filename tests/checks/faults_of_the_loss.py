@@ -188,7 +188,11 @@ def the_loss_gets_another_prediction(monkeypatch):
 
 def the_prediction_is_clamped_in_the_loss(monkeypatch):
     loss = reference.noise_mse
-    replace_op(monkeypatch, noise_mse=lambda x, *rest, **options: loss(x.clamp(-0.1, 0.1), *rest, **options))
+
+    def clamped(prediction, *rest, **options):
+        return loss(prediction.clamp(-0.1, 0.1), *rest, **options)
+
+    replace_op(monkeypatch, noise_mse=clamped)
 
 
 def change_loss(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Tensor]) -> None:
