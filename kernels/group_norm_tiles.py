@@ -25,7 +25,6 @@ from ddpm_fast.kernels.philox import CHANNEL_STEP, DROPOUT, load_key, load_word,
 REGISTER_TILE = 16384  # elements of all inputs together that a program keeps in registers
 WIDE_TILE = 8192  # of them where rows may be wider than they must: 8 warps, three times a multiprocessor; 16 are alone
 WARP_TILE = 1024  # of them a warp's, 32 a thread: with 64, ptxas took 130 to 240 registers, or spilt a few
-LARGEST_WARPS, TWO_BLOCKS = 16, 64  # registers a thread, so that two blocks of so many warps share a multiprocessor
 LOOP_TILE_BYTES = 8 * 1024  # of all inputs together, at a time, of a program that loops: two vectors per thread
 LOOP_BYTES = 128 * 1024  # what a program may read twice: four a multiprocessor then still fit in an H100's 50 MB of L2
 SLICE_BYTES = 32 * 1024
@@ -196,18 +195,30 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1
     return Plan(blocked, block_channels(blocked), block_pixels, slices, slice_pixels, num_warps)
 
 
-def divide(x: Tensor, groups: int, inputs: int = 1, dropout: bool = False) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan for x [N, C, H, W], and the sizes that all these kernels take; `inputs` as for `plan`.
+def register_limit(chosen: Plan, inputs: int, whole: bool, shift: bool, dropout: bool) -> int | None:
+    """Return how many registers a thread may have, or None for the compiler's own choice, which is not always wise.
 
-    Registers are limited where two blocks then share a multiprocessor, one computing while the other waits for memory,
-    and nothing spills: forward, where nothing is masked or dropped. (Of 64 registers backward spills 16 to 256 bytes.)
+    Of 64 a multiprocessor has room for two blocks of 16 warps, of 80 for three of 8: some compute while others wait for
+    memory. Limited are those kernels that do not spill then on any architecture (tests/kernels/compile_all.py): what
+    masks, shifts or drops needs more.
+    """
+    if inputs == 1:
+        return 64 if chosen.num_warps == 16 and whole and not dropout else None
+    return 80 if chosen.one_tile and chosen.num_warps in (4, 8) and not (shift or dropout) else None
+
+
+def divide(
+    x: Tensor, groups: int, inputs: int = 1, *, shift: bool = False, dropout: bool = False
+) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan for x [N, C, H, W], and the sizes and options that all these kernels take.
+
+    inputs: as for `plan`. shift, dropout: whether there are such.
     """
     C, HW = x.shape[1], x.shape[2] * x.shape[3]
     chosen = plan(HW, C, groups, x.element_size(), inputs)
     blocks = triton.cdiv(groups, chosen.groups)
     whole = chosen.slices * chosen.slice_pixels == HW and chosen.slice_pixels % chosen.block_pixels == 0
     whole = whole and blocks * chosen.block_channels == C
-    limited = chosen.num_warps == LARGEST_WARPS and inputs == 1 and whole and not dropout
     assert chosen.groups * (C // groups) % 4 == 0 or chosen.groups >= groups, "a block starts within four words"
     return chosen, {
         "HW": HW,
@@ -222,7 +233,7 @@ def divide(x: Tensor, groups: int, inputs: int = 1, dropout: bool = False) -> tu
         "BLOCK_P": chosen.block_pixels,
         "WHOLE": whole,
         "num_warps": chosen.num_warps,
-        "maxnreg": TWO_BLOCKS if limited else None,
+        "maxnreg": register_limit(chosen, inputs, whole, shift, dropout),
     }
 
 

@@ -38,7 +38,7 @@ def test_plan_takes_each_path() -> None:
 
 @pytest.mark.parametrize("channels", [128, 256, 512])
 def test_several_blocks_share_a_multiprocessor(channels: int) -> None:
-    """A block of 16 warps is alone on one unless it is compiled for 64 registers, which not every kernel can be."""
+    """Where they can be compiled for few enough registers; that nothing spills then, the compile tests show."""
 
     def options(size: int, **options: Any) -> dict[str, Any]:
         x = torch.empty(1, channels, size, size, dtype=torch.bfloat16, device="meta")
@@ -48,8 +48,8 @@ def test_several_blocks_share_a_multiprocessor(channels: int) -> None:
     assert (largest["num_warps"], largest["maxnreg"], largest["WHOLE"]) == (16, 64, True)
     assert options(32, dropout=True)["maxnreg"] is None
     assert options(28)["maxnreg"] is None  # masked: 784 pixels in a tile of 1,024
-    assert options(16, inputs=2)["num_warps"] == 8
-    assert options(16, inputs=2)["maxnreg"] is None
+    assert [options(16, inputs=2)[name] for name in ("num_warps", "maxnreg")] == [8, 80]
+    assert options(16, inputs=2, shift=True)["maxnreg"] is None
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(384, 32), (36, 3)])
