@@ -153,7 +153,7 @@ FAULTS: list[tuple[Plant, Config, str, str]] = [
     (largest_loss_alone, CONFIG, "loss", TRAINER),
     (the_network_gets_another_t, CONFIG, "network", TRAINER),
     (the_loss_gets_another_prediction, CONFIG, "network", TRAINER),
-    (the_prediction_is_clamped_in_the_loss, CONFIG, "loss", REFERENCE),
+    (the_prediction_is_clamped_in_the_loss, CONFIG, "gradient", REFERENCE),
     (sign_of_eps_flipped, CONFIG, "target", REFERENCE),
     (summed_over_channels, V, "loss", REFERENCE),
     (one_channel_only, CONFIG, "loss", REFERENCE),
@@ -186,6 +186,7 @@ FAULTS: list[tuple[Plant, Config, str, str]] = [
 ALSO = {
     "noise_of_q_sample_flipped": "target",  # the loss makes another eps
     "half_of_the_batch": "loss",  # its mean is another
+    "the_prediction_is_clamped_in_the_loss": "loss",  # which is CHANGED: another function of the error
     "one_parameter_never_updated": "ema",  # which has seen it move
 }
 """What else goes wrong by the fault itself."""
