@@ -144,7 +144,7 @@ def _faults_between(loop: sampling.SamplingLoop, steps: list[Step], images: samp
         where, mine = f"step {k} of batch {batch}", numbers[batch * len(step.x) : (batch + 1) * len(step.x)]
         if step.number != k:
             yield f"{where} takes row {step.number}"
-        if not torch.equal(step.rows.cpu(), rows):
+        if not _same(step.rows.cpu(), rows):
             yield f"{where} has other rows than the table"
         if (step.clip, step.noisy) != (loop.table.clip, loop.table.noisy):
             yield f"{where} has clip {step.clip} and noisy {step.noisy}, unlike the table"
@@ -238,7 +238,7 @@ def _check_reverse_steps(loop: sampling.SamplingLoop, steps: list[Step], what: s
     file = "kernels/reverse_step.py" if loop.unet.ops.fused else "ddpm_fast/ops/reference.py"
     name, expected = f"{what}: each step does what its row says", "x0, the next x and the noise, but for rounding"
     for step in steps:
-        if not _is_moderate(step.prediction):
+        if not _is_moderate(step.prediction, step.rows[step.number]):
             continue
         shape, z = (1, -1), _noise_of(loop, step)
         row = rows_of(step.rows[step.number][None], step.noisy, step.x0_prev is not None)
