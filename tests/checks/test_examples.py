@@ -16,6 +16,7 @@ from ddpm_fast.data import batches
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.engine.trainer import Trainer, new_unet
 from ddpm_fast.model import unet
+from tests.checks.planting import list_of_faults
 
 CPU = torch.device("cpu")
 UNET = UNetConfig(3, 6, 10, 4, (1,), res_blocks=1, attention_resolutions=(), groups=2)
@@ -23,18 +24,7 @@ CONFIG = Config("digits", UNET, DiffusionConfig(50, "cosine"), DataConfig(flip=T
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 6, 10, 3), dtype=np.uint8)
 NOISE, OPS, BATCHES = "diffusion/noise.py", "ops/reference.py", "data/batches.py"
 TRAINER, LOOP, MODEL = "engine/trainer.py", "engine/sampling.py", "model/unet.py"
-Plant = Callable[[pytest.MonkeyPatch], Any]
-FAULTS: list[tuple[Plant, str, str]] = []
-
-
-def fault(stage: str, file: str) -> Callable[[Plant], Plant]:
-    """Mark a function that plants a fault, which should be named by this stage and file."""
-
-    def mark(plant: Plant) -> Plant:
-        FAULTS.append((plant, stage, file))
-        return plant
-
-    return mark
+FAULTS, fault = list_of_faults()
 
 
 def everything(config: Config = CONFIG) -> Iterator[CheckResult]:

@@ -17,6 +17,7 @@ from ddpm_fast.diffusion import noise
 from ddpm_fast.engine import sampling, trainer
 from ddpm_fast.model import unet
 from ddpm_fast.ops import REFERENCE, reference
+from tests.checks.planting import list_of_faults
 
 CPU = torch.device("cpu")
 UNET = UNetConfig(3, 6, 10, 4, (1,), res_blocks=1, attention_resolutions=(), groups=2)
@@ -24,24 +25,13 @@ CONFIG = Config("digits", UNET, DiffusionConfig(50, "cosine"), DataConfig(flip=T
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 6, 10, 3), dtype=np.uint8)
 NOISE, OPS, BATCHES = "diffusion/noise.py", "ops/reference.py", "data/batches.py"
 TRAINER, LOOP, MODEL = "engine/trainer.py", "engine/sampling.py", "model/unet.py"
-Plant = Callable[[pytest.MonkeyPatch], Any]
-FAULTS: list[tuple[Plant, str, str]] = []
+FAULTS, fault = list_of_faults()
 
 
 @pytest.fixture(autouse=True)
 def fewer_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw enough for these faults, four times as fast."""
     monkeypatch.setitem(randomness.PIXELS, False, 2**12)
-
-
-def fault(stage: str, file: str) -> Callable[[Plant], Plant]:
-    """Mark a function that plants a fault, which should be named by this stage and file."""
-
-    def mark(plant: Plant) -> Plant:
-        FAULTS.append((plant, stage, file))
-        return plant
-
-    return mark
 
 
 def everything(config: Config = CONFIG) -> Iterator[CheckResult]:

@@ -18,23 +18,13 @@ from ddpm_fast.model import blocks, unet
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import REFERENCE, reference
 from ddpm_fast.presets import PRESETS
+from tests.checks.planting import list_of_faults
 
 UNET = UNetConfig(3, 4, 8, 4, (1, 2), res_blocks=1, attention_resolutions=(2,), dropout=0.3, groups=2)
 DIFFUSION = DiffusionConfig(60, "cosine")
 SCHEDULE, TABLE = "diffusion/schedule.py", "diffusion/samplers.py"
 LOOP, OPS, MODEL = "engine/sampling.py", "ops/reference.py", "model/unet.py"
-Plant = Callable[[pytest.MonkeyPatch], Any]
-FAULTS: list[tuple[Plant, str, str]] = []
-
-
-def fault(stage: str, file: str) -> Callable[[Plant], Plant]:
-    """Mark a function that plants a fault, which should be named by this stage and file."""
-
-    def mark(plant: Plant) -> Plant:
-        FAULTS.append((plant, stage, file))
-        return plant
-
-    return mark
+FAULTS, fault = list_of_faults()
 
 
 def everything(diffusion: DiffusionConfig = DIFFUSION) -> Iterator[CheckResult]:

@@ -16,24 +16,14 @@ from ddpm_fast.config import Config, DiffusionConfig, TrainingConfig, UNetConfig
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.runs import checkpoint, grids, trained_model
 from ddpm_fast.runs.run import Run
+from tests.checks.planting import list_of_faults
 
 UNET = UNetConfig(3, 4, 8, 4, (1,), res_blocks=1, attention_resolutions=(), groups=2)
 DIFFUSION = DiffusionConfig(30, "cosine", prediction="v", variance="small")
 CONFIG = Config("digits", UNET, DIFFUSION, training=TrainingConfig(batch_size=2))
 GRIDS, CHECKPOINT, MODEL = "runs/grids.py", "runs/checkpoint.py", "runs/trained_model.py"
 TRAINER, RUN = "engine/trainer.py", "runs/run.py"
-Plant = Callable[[pytest.MonkeyPatch], Any]
-FAULTS: list[tuple[Plant, str, str]] = []
-
-
-def fault(stage: str, file: str) -> Callable[[Plant], Plant]:
-    """Mark a function that plants a fault, which should be named by this stage and file."""
-
-    def mark(plant: Plant) -> Plant:
-        FAULTS.append((plant, stage, file))
-        return plant
-
-    return mark
+FAULTS, fault = list_of_faults()
 
 
 def everything() -> Iterator[CheckResult]:
