@@ -1,6 +1,5 @@
 """Pixels that differ from those of the files that --data names are told."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ CONFIG = Config("digits", UNET, DiffusionConfig(50, "cosine"), DataConfig(flip=T
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 6, 10, 3), dtype=np.uint8)
 NOISE, OPS, BATCHES = "diffusion/noise.py", "ops/reference.py", "data/batches.py"
 TRAINER, LOOP, MODEL = "engine/trainer.py", "engine/sampling.py", "model/unet.py"
-Plant = Callable[[pytest.MonkeyPatch], Any]
-FAULTS: list[tuple[Plant, str, str]] = []
 
 
 @pytest.fixture
