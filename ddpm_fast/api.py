@@ -20,7 +20,8 @@ from ddpm_fast.files import require_writable
 from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.presets import with_flags
 from ddpm_fast.runs.device import enough_memory, prepare_device
-from ddpm_fast.runs.run import Run, find_start, read_config, read_metrics
+from ddpm_fast.runs.directory import find_start, read_config, read_metrics
+from ddpm_fast.runs.run import Run
 from ddpm_fast.runs.trained_model import LoadKeywords, Model, options_from
 
 

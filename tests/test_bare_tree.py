@@ -58,8 +58,8 @@ def test_a_run_is_prepared(python: Python, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from ddpm_fast.presets import PRESETS
-from ddpm_fast.runs import run
-run.prepare(Path({str(tmp_path)!r}), PRESETS["digits"], "fingerprint", 0)
+from ddpm_fast.runs import directory, run
+directory.prepare(Path({str(tmp_path)!r}), PRESETS["digits"], "fingerprint", 0)
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ import ddpm_fast
 from ddpm_fast.cli import main as cli
 from ddpm_fast.errors import InputError
 from ddpm_fast.presets import PRESETS
-from ddpm_fast.runs.run import read_config
+from ddpm_fast.runs.directory import read_config
 
 TINY = "--channels 8 --channel-multipliers 1 --res-blocks 1 --attention-resolutions --groups 4 --batch-size 4"
 TINY_RUN = f"{TINY} --steps 3 --sample-every 0 --timesteps 25 --schedule linear --beta-end 0.5 --device cpu"

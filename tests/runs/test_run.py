@@ -15,7 +15,9 @@ from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.ops.reference import ema_decay_at, learning_rate_at
 from ddpm_fast.runs import checkpoint
-from ddpm_fast.runs.run import InterruptedRunError, Run, check_resumable, find_start
+from ddpm_fast.runs.directory import check_resumable, find_start
+from ddpm_fast.runs.run import Run
+from ddpm_fast.runs.signals import InterruptedRunError
 
 TINY = Config(
     unet=UNetConfig(1, 8, 8, channels=8, channel_multipliers=(1,), res_blocks=1, attention_resolutions=(), groups=4),

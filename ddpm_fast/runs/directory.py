@@ -1,0 +1,126 @@
+"""A run's directory: its configuration and metrics on disk, and from where a run starts in it.
+
+runs/NAME/
+  config.json       the resolved configuration, versions, data fingerprint
+  metrics.jsonl     one line per logging interval
+  samples/          normalized and raw grids
+  checkpoints/      see `checkpoint`
+  tensorboard/      the same metrics and grids for TensorBoard
+"""
+
+import contextlib
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_fast import __version__
+from ddpm_fast.config import Config, from_dict, to_dict, with_training
+from ddpm_fast.errors import InputError
+from ddpm_fast.files import replace_file, writing
+from ddpm_fast.runs import checkpoint
+
+
+def read_config(run: Path) -> tuple[Config, str] | None:
+    """Return a run's configuration and data fingerprint; None when config.json is missing or torn."""
+    try:
+        values = json.loads((run / "config.json").read_text())
+        return from_dict(values["config"]), str(values["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _differences(saved: Config, asked: Config) -> list[str]:
+    """Name the fields in which two configurations differ, as "name: saved -> asked"."""
+    saved_values, asked_values = to_dict(saved), to_dict(asked)
+    pairs = []
+    for part, value in saved_values.items():
+        fields = value if isinstance(value, dict) else {part: value}
+        others = asked_values[part] if isinstance(value, dict) else {part: asked_values[part]}
+        pairs += [f"--{k.replace('_', '-')} {fields[k]} -> {others[k]}" for k in fields if fields[k] != others[k]]
+    return pairs
+
+
+def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
+    """Refuse to continue a run as another one: --steps may be raised, and what is checked may change.
+
+    Raises:
+        InputError: a flag or the data differ from the run's config.json.
+    """
+    found = read_config(run)
+    if found is None:
+        return
+    saved, saved_fingerprint = found
+    steps = config.training.steps
+    differing = _differences(replace(with_training(saved, steps=steps), checks=config.checks), config)
+    if differing:
+        raise InputError(
+            f"{run} was started otherwise ({'; '.join(differing)}): leave the flag out, or use another --out"
+        )
+    if steps < saved.training.steps:
+        raise InputError(f"{run} was started with --steps {saved.training.steps}: ask for as many or more, not {steps}")
+    if fingerprint != saved_fingerprint:
+        raise InputError(
+            f"{run} was trained on other data (fingerprint {saved_fingerprint[:12]}, now {fingerprint[:12]})"
+        )
+
+
+def find_start(run: Path, config: Config, fingerprint: str, resume: bool) -> checkpoint.Checkpoint | None:
+    """Decide, without writing anything, where a run starts.
+
+    Returns:
+        The checkpoint to continue from, or None to start at step 0.
+
+    Raises:
+        InputError: the directory holds anything and is not resumed, or belongs to another run.
+    """
+    if run.exists() and not run.is_dir():
+        raise InputError(f"--out {run} is a file: name a directory that does not exist yet")
+    if not resume:
+        if run.exists() and any(run.iterdir()):
+            raise InputError(f"--out {run} exists and is not empty: add --resume to continue it, or name another")
+        return None
+    check_resumable(run, config, fingerprint)
+    found = checkpoint.newest(run)
+    if found is not None and found.fingerprint != fingerprint:
+        raise InputError(f"{found.path} was trained on other data than {config.data.data}: use another --out")
+    return found
+
+
+def prepare(run: Path, config: Config, fingerprint: str, step: int) -> None:
+    """Make the run directory, and cut its metrics back to the step that the run starts from.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        versions = {"ddpm-fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        values = {"fingerprint": fingerprint, "versions": versions, "config": to_dict(config)}
+        replace_file(run / "config.json", checkpoint.to_json(values))
+        _cut_metrics(run / "metrics.jsonl", step)
+
+
+def _metrics_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of metrics.jsonl with what they say; a torn one is left out."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            values = json.loads(line)
+            int(values["step"])  # a line without its step is none of ours
+            yield line, values
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return a run's metrics: what was logged with "step", "loss" and more, one dictionary per logging interval."""
+    return [values for _, values in _metrics_lines(run / "metrics.jsonl")]
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop, whole or not at all, the lines after a checkpoint's step and a torn last one."""
+    if path.exists():
+        kept = [line for line, values in _metrics_lines(path) if values["step"] <= step]
+        replace_file(path, "".join(f"{line}\n" for line in kept).encode())
