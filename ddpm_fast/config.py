@@ -118,9 +118,12 @@ class DataConfig:
     """Leave out files that cannot be read, and count them, instead of refusing the folder."""
     flip: bool = False
     """Flip half of the training images left to right."""
+    holdout: float = 0.0
+    """Share of the images that is never trained on: the evaluation loss is then theirs; 0 keeps none back."""
 
     def __post_init__(self) -> None:
         require_types(self)
+        require(0 <= self.holdout < 1, f"--holdout is {self.holdout}: it must lie in [0, 1)")
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ def _numbers(images: Tensor) -> Tensor:
 
 
 def _source(config: Config, dataset: Dataset, device: torch.device, more_seed: int = 0) -> BatchSource:
-    return BatchSource(dataset, key_from_seed((config.training.seed + more_seed) % 2**64), device)
+    key = key_from_seed((config.training.seed + more_seed) % 2**64)
+    return BatchSource(dataset, key, device, config.data.holdout)
 
 
 def _visited(source: BatchSource, first: int, n: int, batch: int) -> Tensor:
@@ -66,19 +67,30 @@ def _visited(source: BatchSource, first: int, n: int, batch: int) -> Tensor:
 
 
 def check_epochs(config: Config, numbered: Dataset, device: torch.device) -> Iterator[CheckResult]:
-    """Check that every epoch visits all images once, in an order unlike the last's, the data's and another seed's."""
-    count = len(numbered.images)
+    """Check that every epoch visits all images once, in an order unlike the last's, the data's and another seed's.
+
+    All but those that are held out, which no seed ever visits.
+    """
+    total, held_out = len(numbered.images), round(len(numbered.images) * config.data.holdout)
+    count = total - held_out
     epochs = 3 if count >= FEW else 64
     batch = max(config.training.batch_size, count // 50 + 1)  # batches straddle epochs, as in training
     orders = _visited(_source(config, numbered, device), 0, epochs * count, batch).view(epochs, count)
-    times = torch.stack([order.clamp(0, count - 1).bincount(minlength=count) for order in orders])
-    never, wrong = int((times.sum(0) == 0).sum()), int((times != 1).sum())
-    name, expected = "every epoch visits all images once", f"{count} images"
+    times = torch.stack([order.clamp(0, total - 1).bincount(minlength=total) for order in orders])
+    seen = times.sum(0) > 0
+    never, wrong = count - int(seen.sum()), int((times != 1).sum()) - epochs * held_out
+    name, expected = "every epoch visits all images once", f"{count} images" + f", {held_out} held out" * bool(held_out)
     found = f"{never} are never seen, {wrong - never * epochs} times one is missing from an epoch or repeated in it"
     yield CheckResult("order", name, judged(not wrong), expected, found if wrong else expected, ORDER)
     other = _visited(_source(config, numbered, device, 1), 0, epochs * count, batch).view(epochs, count)
+    if held_out:
+        leaked = int((~seen[other.clamp(0, total - 1)]).sum())
+        name, expected = "what is held out is so for every seed", "the same images"
+        found = f"another seed trains on {leaked} of them" if leaked else expected
+        yield CheckResult("order", name, judged(not leaked), expected, found, ORDER)
     name, expected = "every epoch has an order of its own", "unlike the last one's, the data's and another seed's"
-    found = _likeness(orders, other)
+    place = seen.cumsum(0) - 1  # of each image among those that are trained on
+    found = _likeness(place[orders.clamp(0, total - 1)], place[other.clamp(0, total - 1)])
     yield CheckResult("order", name, judged(not found), expected, found or expected, ORDER)
     middle = count // 3
     again = _visited(_source(config, numbered, device), (epochs - 1) * count + middle, count - middle, batch)

@@ -52,7 +52,7 @@ def _all(
     yield from check_sources(config, dataset, full)
     yield from check_examples(config, dataset, device, full)
     yield from check_randomness(config, device, full)
-    source = BatchSource(dataset, key_from_seed(config.training.seed), device)
+    source = BatchSource(dataset, key_from_seed(config.training.seed), device, config.data.holdout)
     trainer = small_trainer(config, source.batch, device)
     yield from check_weights(trainer.unet, replace(config, unet=trainer.config.unet))
     if found is not None:

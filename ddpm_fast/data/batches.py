@@ -10,10 +10,26 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.data.dataset import Dataset
-from ddpm_fast.diffusion.noise import permutation
+from ddpm_fast.diffusion.noise import key_from_seed, permutation
+from ddpm_fast.errors import InputError
 
 DEVICE_SHARE = 4
 """The store moves to the GPU if it takes at most one part in this many of its free memory."""
+HOLDOUT_SEED = 0x686F6C64
+"""Of which images are held out: the same ones in all runs."""
+
+
+def split(count: int, holdout: float) -> tuple[Tensor, Tensor]:
+    """Return which of M images are trained on, and which are held out: two tensors of int64 in ascending order.
+
+    Raises:
+        InputError: a share of the images is to be held out, and either part would be empty.
+    """
+    held_out = round(count * holdout)
+    if holdout and not 0 < held_out < count:
+        raise InputError(f"--holdout {holdout} of {count} images leaves none on one side: take another share, or 0")
+    order = permutation(key_from_seed(HOLDOUT_SEED), 0, count)
+    return order[held_out:].sort().values, order[:held_out].sort().values
 
 
 class ExampleOrder:
@@ -49,8 +65,12 @@ class ExampleOrder:
 class BatchSource:
     """Training batches on the device: the store moves there where it fits, else the next batch is copied ahead."""
 
-    def __init__(self, dataset: Dataset, key: Tensor, device: torch.device) -> None:
-        """Take the data set, the seed's key [2] and where batches are wanted."""
+    def __init__(self, dataset: Dataset, key: Tensor, device: torch.device, holdout: float = 0) -> None:
+        """Take the data set, the seed's key [2], where batches are wanted, and the share of images that never come.
+
+        Raises:
+            InputError: nothing would be held out, or nothing would come.
+        """
         self.device = device
         with warnings.catch_warnings():  # the store is read-only, and shared without a copy: nobody writes to it
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -61,16 +81,23 @@ class BatchSource:
                 self.store = self.store.to(device)
             else:
                 self.ahead = CopyAhead(self.store, device)
-        self.order = ExampleOrder(key.to(self.store.device), len(dataset))
+        trained, held_out = split(len(dataset), holdout)
+        self.rows = trained.to(self.store.device) if len(held_out) else None  # None: all, in their own order
+        self.order = ExampleOrder(key.to(self.store.device), len(trained))
+
+    def _rows(self, first_example: int, n: int) -> Tensor:
+        """Return where in the store the examples' images are: [n] int64."""
+        indices = self.order.indices(first_example, n)
+        return indices if self.rows is None else self.rows[indices]
 
     def batch(self, first_example: int, n: int) -> tuple[Tensor, Tensor]:
         """Return images [n, C, H, W] uint8, laid out as NHWC, and the examples' numbers [n] int64."""
-        indices = self.order.indices(first_example, n)
+        indices = self._rows(first_example, n)
         if self.ahead is None:
             rows = self.store[indices]
         else:
             rows = self.ahead.take(indices)
-            self.ahead.prepare(self.order.indices(first_example + n, n))
+            self.ahead.prepare(self._rows(first_example + n, n))
         numbers = torch.arange(first_example, first_example + n, device=self.device)
         return rows.permute(0, 3, 1, 2), numbers
 

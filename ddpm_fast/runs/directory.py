@@ -3,6 +3,7 @@
 runs/NAME/
   config.json       the resolved configuration, versions, data fingerprint
   metrics.jsonl     one line per logging interval
+  evaluation/       what the network was off at each address, see `evaluation`
   samples/          normalized and raw grids
   checkpoints/      see `checkpoint`
   tensorboard/      the same metrics and grids for TensorBoard
@@ -22,7 +23,7 @@ from ddpm_fast import __version__
 from ddpm_fast.config import Config, from_dict, to_dict, with_training
 from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file, writing
-from ddpm_fast.runs import checkpoint
+from ddpm_fast.runs import checkpoint, evaluation
 
 
 def read_config(run: Path) -> tuple[Config, str] | None:
@@ -92,7 +93,7 @@ def find_start(run: Path, config: Config, fingerprint: str, resume: bool) -> che
 
 
 def prepare(run: Path, config: Config, fingerprint: str, step: int) -> None:
-    """Make the run directory, and cut its metrics back to the step that the run starts from.
+    """Make the run directory, and cut its metrics and evaluations back to the step that the run starts from.
 
     Raises:
         InputError: it cannot be written.
@@ -103,6 +104,7 @@ def prepare(run: Path, config: Config, fingerprint: str, step: int) -> None:
         values = {"fingerprint": fingerprint, "versions": versions, "config": to_dict(config)}
         replace_file(run / "config.json", checkpoint.to_json(values))
         _cut_metrics(run / "metrics.jsonl", step)
+        evaluation.cut_back(run, step)
 
 
 def _metrics_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -20,8 +20,9 @@ from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import writing
-from ddpm_fast.runs import checkpoint
+from ddpm_fast.runs import checkpoint, evaluation
 from ddpm_fast.runs.directory import prepare
+from ddpm_fast.runs.evaluation import is_due
 from ddpm_fast.runs.grids import save_normalized_and_raw, to_uint8
 from ddpm_fast.runs.signals import InterruptedRunError, Signals
 
@@ -51,7 +52,9 @@ class Run:
         """
         self.directory, self.config, self.dataset, self.progress = directory, config, dataset, progress
         device = choose_device(config.training.device)
-        source = BatchSource(dataset, key_from_seed(config.training.seed, "cpu"), device)
+        key = key_from_seed(config.training.seed, "cpu")
+        source = BatchSource(dataset, key, device, config.data.holdout)
+        self.evaluation_set = evaluation.EvaluationSet(config, dataset, device)
         execution = choose_execution(config.training.compile, config.training.capture, device)
         self.trainer = Trainer(config, source.batch, device, execution)
         self.loop: SamplingLoop | None = None
@@ -82,8 +85,9 @@ class Run:
                 trainer.train_step_no_sync()
                 bar.update()
                 last = trainer.step == training.steps
-                if trainer.step % training.log_every == 0 or last:
-                    bar.set_postfix(loss=f"{self._log():.4f}")
+                evaluated = self._evaluate() if last or is_due(trainer.step, training.batch_size) else None
+                if trainer.step % training.log_every == 0 or evaluated:
+                    bar.set_postfix(loss=f"{self._log(evaluated):.4f}")
                 if last or signals.received or trainer.step % training.save_every == 0:
                     self.save()
                 if last or (training.sample_every and trainer.step % training.sample_every == 0):
@@ -103,7 +107,17 @@ class Run:
                 "Try a lower --learning-rate, a longer --warmup-steps, or --precision fp32"
             )
 
-    def _log(self) -> float:
+    def _evaluate(self) -> evaluation.Errors:
+        """Evaluate the weights and keep what was found; the time it takes is not training's."""
+        self._stop_if_not_finite()
+        started = time.perf_counter()
+        errors = self.evaluation_set.evaluate(self.trainer)
+        with writing(self.directory):
+            evaluation.write(self.directory, self.trainer.step, errors)
+        self._since += time.perf_counter() - started
+        return errors
+
+    def _log(self, evaluated: evaluation.Errors | None = None) -> float:
         """Write one line of metrics and return the interval's mean loss."""
         trainer = self.trainer
         self._stop_if_not_finite()
@@ -120,6 +134,10 @@ class Run:
                 "images_per_s": round(steps * self.config.training.batch_size / seconds, 1),
             },
         }
+        if evaluated is not None:
+            metrics["evaluation"] = evaluation.summary(evaluated)
+            for name, values in evaluated.items():
+                self.board.add_scalar(f"evaluation/{name}", float(values.mean()), trainer.step)
         self._since, self._since_step = now, trainer.step
         with writing(self.directory / "metrics.jsonl"), (self.directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")

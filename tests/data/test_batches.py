@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast.data.batches import BatchSource, CopyAhead, ExampleOrder
+from ddpm_fast.data.batches import BatchSource, CopyAhead, ExampleOrder, split
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import key_from_seed
+from ddpm_fast.errors import InputError
 
 
 @pytest.mark.parametrize("count", [1, 3, 10])
@@ -33,6 +34,25 @@ def test_a_batch_is_a_channels_last_view_of_the_store():
     assert numbers.tolist() == [3, 4, 5, 6]
     rows = source.order.indices(3, 4)
     assert np.array_equal(batch.permute(0, 2, 3, 1).numpy(), images[rows.numpy()])
+
+
+@pytest.mark.parametrize("holdout", [0.1, 0.5, 0.94])
+def test_what_is_held_out_never_comes_whatever_the_seed(holdout):
+    images = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1)
+    trained, held_out = split(50, holdout)
+    assert len(held_out) == round(50 * holdout)
+    assert sorted([*trained.tolist(), *held_out.tolist()]) == list(range(50))
+    for seed in (0, 1):
+        source = BatchSource(Dataset(images, "", ""), key_from_seed(seed), torch.device("cpu"), holdout)
+        two_epochs, _ = source.batch(0, 2 * len(trained))
+        assert sorted(two_epochs.flatten().tolist()) == sorted(2 * trained.tolist())
+
+
+def test_a_share_that_leaves_nothing_is_refused():
+    assert len(split(50, 0)[1]) == 0
+    for holdout in (0.001, 0.999):
+        with pytest.raises(InputError, match=r"--holdout 0\.\d+ of 50 images leaves none on one side"):
+            split(50, holdout)
 
 
 def test_rows_copied_ahead_are_those_asked_for():

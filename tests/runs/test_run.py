@@ -58,7 +58,7 @@ def signal_after(running: Run, step: int, number: int) -> None:
 def test_a_run_leaves_what_the_readme_says(tmp_path):
     run(tmp_path / "run").train()
     names = {entry.name for entry in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "samples", "checkpoints", "tensorboard"}
+    assert names == {"config.json", "metrics.jsonl", "evaluation", "samples", "checkpoints", "tensorboard"}
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4, 6]
     pictures = sorted(entry.name for entry in (tmp_path / "run/samples").iterdir())
     assert pictures == ["step-0000006_normalized.png", "step-0000006_raw.png"]
@@ -77,6 +77,7 @@ def test_resuming_gives_the_same_bytes_as_never_stopping(tmp_path):
         file = f"checkpoints/step-0000006/{name}.safetensors"
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes(), name
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
+    assert files(tmp_path / "whole/evaluation") == files(tmp_path / "stopped/evaluation")
 
 
 def test_two_equal_runs_are_equal_bytes(tmp_path):

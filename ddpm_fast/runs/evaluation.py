@@ -1,0 +1,196 @@
+"""The evaluation loss: every run is asked about the same images, noise and noise levels, so that runs can be compared.
+
+A prediction splits x_t = signal * x0 + noise * eps into what it takes for signal and what it takes for noise. The two
+add up to x_t, so both are off by the same: signal^2 times the squared error of x0 is noise^2 times that of eps. This
+error is finite at any noise level, means the same for eps, v and x0, and is what the evaluation loss averages.
+
+The addresses are fixed: image, noise and log SNR of address i are the same in every run, whatever its seed. However
+many addresses are taken, their log SNRs fill -9..9 evenly; each is evaluated at the schedule's nearest timestep.
+Shapes: M images of the data set, N addresses, C channels, H x W pixels, T diffusion timesteps.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ddpm_fast.config import Config, DiffusionConfig
+from ddpm_fast.constants import TRAINING_COLUMN, TrainingTable
+from ddpm_fast.data.batches import split
+from ddpm_fast.data.dataset import Dataset
+from ddpm_fast.diffusion.noise import key_from_seed, permutation
+from ddpm_fast.diffusion.schedule import training_table
+from ddpm_fast.engine.sampling import sampling_copy
+from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.files import replace_file
+from ddpm_fast.model.unet import UNet
+
+ADDRESSES, EARLY_ADDRESSES = 512, 128
+"""What is evaluated, and what of it early on, when little has been trained yet."""
+EARLY_STEPS, FIRST_STEP = 100, 10
+"""The early part of a run, and the first step that is worth a look."""
+LARGEST_LOG_SNR = 9.0
+BANDS = 5
+"""Equal parts of the log SNRs, from almost pure noise to almost none."""
+LARGEST_BATCH = 128
+SEED = 0x6576616C
+"""Of the addresses' images and noise."""
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+ROUND_STEPS = (1, 2, 5)
+SHARE_OF_TRAINING = 0.005
+"""The time that evaluations at regular intervals may take, of training's."""
+
+Errors = Mapping[str, Tensor]
+"""For "ema" and "raw" weights, and "training_ema" beside a hold-out: [N] float32, the error at each address."""
+
+
+def log_snrs(count: int) -> Tensor:
+    """Return the first addresses' log SNRs: [N] float64, evenly over the range however many they are."""
+    turns = torch.arange(count, dtype=torch.float64) * GOLDEN_RATIO + 0.5
+    return (2 * (turns % 1) - 1) * LARGEST_LOG_SNR
+
+
+def bands(count: int) -> Tensor:
+    """Return the band of each address, 0 (noisiest) to BANDS - 1: [N] int64."""
+    return ((log_snrs(count) / LARGEST_LOG_SNR + 1) / 2 * BANDS).long().clamp(0, BANDS - 1)
+
+
+def split_table(config: DiffusionConfig) -> Tensor:
+    """Return the training table whose weights turn the error of a prediction into that of the split: [T, 5] float32.
+
+    From x_t = signal * x0 + noise * eps and target = target_eps * eps + target_x_start * x0 follows that the signal is
+    off by signal * noise / (signal * target_eps - noise * target_x_start) times what the target is off.
+    """
+    table = training_table(config, dtype=torch.float64)
+    row = TrainingTable(*table.unbind(1))
+    error = row.signal * row.noise / (row.signal * row.target_eps - row.noise * row.target_x_start)
+    table[:, TRAINING_COLUMN.weight] = error.square()
+    return table.float()
+
+
+def nearest_timesteps(config: DiffusionConfig, count: int) -> Tensor:
+    """Return the timestep of the schedule that is nearest to each address's log SNR: [N] int64."""
+    row = TrainingTable(*training_table(config, dtype=torch.float64).unbind(1))
+    of_schedule = 2 * (row.signal.log() - row.noise.log())
+    return (log_snrs(count)[:, None] - of_schedule).abs().argmin(dim=1)
+
+
+def examples_at(step: int) -> int:
+    """Return how many addresses are evaluated after a step."""
+    return EARLY_ADDRESSES if step < EARLY_STEPS else ADDRESSES
+
+
+def is_due(step: int, batch_size: int) -> bool:
+    """Return whether to evaluate after a step: 10, 20, 50, 100, 200, 500 ..., and regularly.
+
+    Two evaluations of a network forwards take as long as a third of as many images in training; the interval is the
+    least round one at which that is SHARE_OF_TRAINING of the time, so that runs of one batch size meet, and others
+    often.
+    """
+    if step < FIRST_STEP:
+        return False
+    least = 2 * ADDRESSES / (3 * batch_size * SHARE_OF_TRAINING)
+    interval = next(n * 10**power for power in range(9) for n in ROUND_STEPS if n * 10**power >= least)
+    leading = step // 10 ** (len(str(step)) - 1)
+    is_round = leading in ROUND_STEPS and step == leading * 10 ** (len(str(step)) - 1)
+    return is_round or step % interval == 0
+
+
+class EvaluationSet:
+    """A data set's images at the addresses, and what a network makes of them."""
+
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device) -> None:
+        """Take the images that are held out, or else those that are trained on."""
+        trained, held_out = split(len(dataset), config.data.holdout)
+        self._key = key_from_seed(SEED, device)
+        self._batch = min(LARGEST_BATCH, config.training.batch_size // config.training.accumulate)
+        self._table = split_table(config.diffusion).to(device)
+        self._t = nearest_timesteps(config.diffusion, ADDRESSES).to(device)
+        self._numbers = torch.arange(ADDRESSES, device=device)
+        self._images = self._choose(dataset, held_out if len(held_out) else trained, device)
+        self._training_images = self._choose(dataset, trained, device) if len(held_out) else None
+
+    def _choose(self, dataset: Dataset, rows: Tensor, device: torch.device) -> Tensor:
+        """Return the addresses' images, [N, C, H, W] uint8 laid out as NHWC: all once before one comes again."""
+        order = rows[permutation(key_from_seed(SEED), 0, len(rows))]
+        chosen = np.stack([dataset.images[int(order[i % len(order)])] for i in range(ADDRESSES)])
+        return torch.from_numpy(chosen).to(device).permute(0, 3, 1, 2)
+
+    def evaluate(self, trainer: Trainer) -> Errors:
+        """Return what averaged and last weights are off now."""
+        count, errors = examples_at(trainer.step), dict[str, Tensor]()
+        with trainer.ema_weights() as averaged:
+            errors["ema"] = self._errors(averaged, trainer.dtype, self._images[:count])
+            if self._training_images is not None:
+                errors["training_ema"] = self._errors(averaged, trainer.dtype, self._training_images[:count])
+        errors["raw"] = self._errors(trainer.unet, trainer.dtype, self._images[:count])
+        return errors
+
+    @torch.no_grad()
+    def _errors(self, unet: UNet, dtype: torch.dtype, images: Tensor) -> Tensor:
+        """Return the error at each address, without dropout and flips: [N] float32 on the CPU."""
+        network, errors = sampling_copy(unet, dtype), []
+        for first in range(0, len(images), self._batch):
+            part = slice(first, min(first + self._batch, len(images)))
+            t = self._t[part]
+            example = (images[part], t, self._table, self._key, self._numbers[part])
+            x_t = network.ops.q_sample(*example, dtype=dtype)
+            prediction = network.denoise(x_t, unet.time_shifts(t).to(dtype))
+            errors.append(network.ops.noise_mse(prediction, *example))
+        return torch.cat(errors).float().cpu()
+
+
+def summary(errors: Errors) -> dict[str, float | list[float]]:
+    """Return what metrics.jsonl says of an evaluation: the means, and the averaged weights' mean by band."""
+    means: dict[str, float | list[float]] = {name: float(values.double().mean()) for name, values in errors.items()}
+    means["bands"] = by_band(errors["ema"])
+    return means
+
+
+def by_band(values: Tensor) -> list[float]:
+    """Return the mean of values [N] in each band, from almost pure noise to almost none."""
+    of_address = bands(len(values))
+    return [float(values[of_address == band].double().mean()) for band in range(BANDS)]
+
+
+def _path(run: Path, step: int) -> Path:
+    return run / "evaluation" / f"step-{step:07d}.safetensors"
+
+
+def write(run: Path, step: int, errors: Errors) -> None:
+    """Keep an evaluation in a run's directory.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    replace_file(_path(run, step), safetensors.torch.save(dict(errors)))
+
+
+def evaluated_steps(run: Path) -> list[int]:
+    """Return the steps of a run that were evaluated, in order."""
+    steps = []
+    for file in (run / "evaluation").glob("step-*.safetensors"):
+        with contextlib.suppress(ValueError):
+            steps.append(int(file.stem.removeprefix("step-")))
+    return sorted(steps)
+
+
+def read(run: Path, step: int) -> Errors | None:
+    """Return what an evaluation found; None where there is none, or it is damaged."""
+    try:
+        errors = safetensors.torch.load_file(_path(run, step))
+    except (OSError, safetensors.SafetensorError):
+        return None
+    return errors if {"ema", "raw"} <= errors.keys() else None
+
+
+def cut_back(run: Path, step: int) -> None:
+    """Remove what was evaluated after a step, from which the run starts again."""
+    for later in evaluated_steps(run):
+        if later > step:
+            _path(run, later).unlink()
