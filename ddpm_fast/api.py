@@ -19,6 +19,7 @@ from ddpm_fast.errors import MathematicsError, require
 from ddpm_fast.files import require_writable
 from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.presets import with_flags
+from ddpm_fast.runs import origin
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.directory import find_start, read_config, read_metrics
 from ddpm_fast.runs.run import Run
@@ -119,6 +120,7 @@ def train_config(config: Config, out: str = "", resume: bool = False, progress: 
             raise MathematicsError("the mathematics is wrong: nothing was trained")
         run = Run(directory, config, dataset, found, progress)
         how = f"{device.type}, {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"
+        origin.write(directory, run.trainer.step, device)
         print(f"training {directory} on {how}: {training.steps} steps, {len(dataset)} images", flush=True)
         started = time.perf_counter()
         run.train()

@@ -15,7 +15,7 @@ from ddpm_fast.cli.arguments import SampleArguments
 from ddpm_fast.config import CheckConfig, Config, with_training
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.files import replace_file, require_writable
-from ddpm_fast.runs import checkpoint
+from ddpm_fast.runs import checkpoint, origin
 from ddpm_fast.runs.device import prepare_device
 from ddpm_fast.runs.grids import grid, save_animation, save_image, save_picture, to_uint8
 from ddpm_fast.runs.signals import InterruptedRunError
@@ -61,6 +61,7 @@ def sample(arguments: SampleArguments) -> int:
     steps = arguments.steps or model.config.diffusion.timesteps
     directory = Path(arguments.out or _default_out(model.path, f"{arguments.sampler}-{steps}-seed{arguments.seed}"))
     require_writable(directory)
+    _say_if_code_changed(model.path)
     frames = Frames(steps)
     try:
         samples = model.draw(arguments, _progress(), frames.keep if arguments.animate else None)
@@ -78,6 +79,20 @@ def sample(arguments: SampleArguments) -> int:
     return 0
 
 
+def _say_if_code_changed(path: Path) -> None:
+    run = _run_of(path)
+    changed = origin.changed_since(run)
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        names = ", ".join(f"ddpm_fast/{name}" for name in changed[:3])
+        print(f"{run} was made by other code ({names}{more} changed since): images may differ", file=sys.stderr)
+
+
+def _run_of(path: Path) -> Path:
+    """Return the run that a checkpoint lies in, or itself where it was copied elsewhere."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
 def _write(directory: Path, first: int, samples: Tensor, frames: list[Tensor], facts: dict[str, Any]) -> None:
     pixels = to_uint8(samples)
     for number, image in enumerate(pixels, start=first):
@@ -89,8 +104,7 @@ def _write(directory: Path, first: int, samples: Tensor, frames: list[Tensor], f
 
 
 def _default_out(path: Path, name: str) -> Path:
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    return run / "samples" / name
+    return _run_of(path) / "samples" / name
 
 
 def _facts(arguments: SampleArguments, model: Model, steps: int, seconds: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ runs/NAME/
   evaluation/       what the network was off at each address, see `evaluation`
   samples/          normalized and raw grids
   checkpoints/      see `checkpoint`
+  origin/           the code and the command that made it, see `origin`
   tensorboard/      the same metrics and grids for TensorBoard
 """
 
