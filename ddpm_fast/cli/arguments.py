@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from ddpm_fast.config import Config, LoadOptions, SamplingOptions
+from ddpm_fast.errors import require
 from ddpm_fast.presets import PRESETS
 
 
@@ -44,3 +45,19 @@ class CheckArguments:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""
     """A run directory; left out, the flags below are checked."""
     config: Config = field(default_factory=lambda: PRESETS["digits"])
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """Say what differs between runs, and what the difference did to the evaluation loss, address by address."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN RUN [RUN ...]")] = ()
+    """Run directories, two or more: the others are compared with the first."""
+    out: str = ""
+    """Also write a page, one HTML file, with curves, code and the same images of each run side by side."""
+    images: int = 16
+    """Images of each run on the page; 0 draws none."""
+
+    def __post_init__(self) -> None:
+        require(len(self.runs) > 1, f"compare needs two runs or more, not {len(self.runs)}: name their directories")
+        require(self.images >= 0, f"--images is {self.images}: it must not be negative")

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from ddpm_fast import __version__
-from ddpm_fast.cli.arguments import CheckArguments, SampleArguments, TrainArguments
+from ddpm_fast.cli.arguments import CheckArguments, CompareArguments, SampleArguments, TrainArguments
 from ddpm_fast.errors import InputError, MathematicsError, flag, nearest
 from ddpm_fast.presets import preset
 
@@ -32,6 +32,7 @@ commands:
   train    train a U-Net; with no flags: on built-in handwritten digits, in minutes on a CPU
   sample   make images from a run or a checkpoint
   check    is the mathematics right, here, now
+  compare  what differs between two runs, and what the difference did
 
 `ddpm-fast COMMAND --help` explains every flag with its unit and default.
 `ddpm-fast --version` says which version this is; `ddpm-fast --completion SHELL` prints what completes commands and
@@ -66,7 +67,7 @@ def _flags_of(cls: Any) -> list[str]:
     """Return every flag name of a dataclass, nested parts flattened."""
     flags: list[str] = []
     for f in dataclasses.fields(cls):
-        if f.name == "run":  # the one that is named without a flag
+        if f.name in ("run", "runs"):  # what is named without a flag
             continue
         value = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
         flags += _flags_of(type(value)) if dataclasses.is_dataclass(value) else [flag(f.name)]
@@ -146,7 +147,12 @@ def completion(shell: str) -> str:
     """
     if shell not in SHELLS:
         raise InputError(f"--completion needs the name of a shell: {', '.join(SHELLS)}.{nearest(shell, SHELLS)}")
-    commands = {"train": TrainArguments, "sample": SampleArguments, "check": CheckArguments}
+    commands = {
+        "train": TrainArguments,
+        "sample": SampleArguments,
+        "check": CheckArguments,
+        "compare": CompareArguments,
+    }
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(
@@ -178,7 +184,12 @@ def run(arguments: list[str]) -> int:
         SystemExit: a command's --help was asked for.
     """
     # The commands import torch; they live behind the parser so that errors and --help come first.
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "sample": _sample, "check": _check}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "sample": _sample,
+        "check": _check,
+        "compare": _compare,
+    }
     first, *rest = arguments or ["--help"]
     try:
         if first in ("-h", "--help", "help"):
@@ -226,3 +237,10 @@ def _check(arguments: list[str]) -> int:
     from ddpm_fast.cli.commands import check
 
     return check(parsed.config, parsed.run)
+
+
+def _compare(arguments: list[str]) -> int:
+    parsed = parse(CompareArguments, arguments, command="compare")
+    from ddpm_fast.cli.comparing import compare
+
+    return compare(parsed)

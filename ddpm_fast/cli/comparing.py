@@ -1,0 +1,60 @@
+"""What `ddpm-fast compare` does once its flags are known."""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from ddpm_fast.cli.arguments import CompareArguments
+from ddpm_fast.config import LoadOptions, SamplingOptions
+from ddpm_fast.errors import InputError
+from ddpm_fast.files import require_writable
+from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, RecordedRun, open_run, table, what_differs
+from ddpm_fast.runs.grids import grid, to_uint8
+from ddpm_fast.runs.page import write_comparison
+from ddpm_fast.runs.trained_model import Model
+
+SAMPLER = SamplingOptions("dpm++", 20)
+"""What draws the pictures: few steps, and the same first noise in every run."""
+
+
+def compare(arguments: CompareArguments) -> int:
+    """Compare runs with the first of them; returns the exit status."""
+    base, *others = [open_run(Path(run)) for run in arguments.runs]
+    page = Path(arguments.out) if arguments.out else None
+    if page is not None:
+        require_writable(page.parent)
+    print(f"the base: {_shown(base)}")
+    for other in others:
+        print(f"\n{_shown(other)}\n  what differs")
+        print("\n".join(f"    {line}" for line in what_differs(base, other)))
+        print("  evaluation loss of the averaged weights, less the base's, at the same addresses")
+        print("\n".join(f"  {line}" for line in table(base, other)))
+    print(f"\n{LOSS_IS_NOT_QUALITY}" + ("" if page else ": --out page.html shows the same images of each run") + ".")
+    if page is not None:
+        pictures = _pictures([base, *others], arguments.images)
+        caption = f"Images 0 to {arguments.images - 1} of seed 0, averaged weights, {SAMPLER.sampler} in few steps."
+        write_comparison(page, base, others, pictures, caption)
+        print(f"the page: {page}")
+    return 0
+
+
+def _shown(run: RecordedRun) -> str:
+    rate = run.images_per_s
+    steps = f"evaluated up to step {run.evaluated_steps[-1]:,}" if run.evaluated_steps else "never evaluated"
+    return f"{run.path}, {steps}" + (f", {rate:,.0f} images/s" if rate else "")
+
+
+def _pictures(runs: list[RecordedRun], count: int) -> dict[Path, Image.Image]:
+    """Draw the same image numbers of each run that has a checkpoint."""
+    pictures: dict[Path, Image.Image] = {}
+    for run in runs if count else ():
+        try:
+            model = Model(run.path, LoadOptions())
+        except InputError as error:
+            print(f"no picture of {run.path}: {error}", file=sys.stderr)
+            continue
+        steps = min(SAMPLER.steps, model.config.diffusion.timesteps)
+        wanted = SamplingOptions(SAMPLER.sampler, steps, count=count)
+        pictures[run.path] = grid(to_uint8(model.draw(wanted, progress=sys.stderr.isatty())))
+    return pictures

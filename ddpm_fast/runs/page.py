@@ -1,0 +1,110 @@
+"""A comparison of runs as one HTML file that needs nothing else: text, curves as SVG, pictures as data.
+
+The template, `page.html`, is made of parts that other pages can share; Jinja2 escapes what it is given.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+from ddpm_fast.files import replace_file
+from ddpm_fast.runs.compare import (
+    LOSS_IS_NOT_QUALITY,
+    Difference,
+    RecordedRun,
+    changed_code,
+    differences,
+    not_paired,
+    what_differs,
+)
+from ddpm_fast.runs.plots import COLOURS, Curve, line_plot
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def write_comparison(
+    path: Path, base: RecordedRun, others: Sequence[RecordedRun], pictures: Mapping[Path, Image.Image], caption: str
+) -> None:
+    """Write the page that compares runs with a base.
+
+    Args:
+        path: of the page.
+        base: what the others are compared with.
+        others: at least one.
+        pictures: a grid of samples by run, of the same image numbers; empty for none.
+        caption: how the pictures were made.
+
+    Raises:
+        InputError: the page cannot be written.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    runs = [base, *others]
+    colours = {run.path: COLOURS[number % len(COLOURS)] for number, run in enumerate(runs)}
+    paired = {run.path: [] if not_paired(base, run) else differences(base, run) for run in others}
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        title=f"{' and '.join(str(run.path) for run in others)} against {base.path}",
+        caution=LOSS_IS_NOT_QUALITY,
+        base=str(base.path),
+        runs=[_summary(run) for run in runs],
+        others=[_other(base, run, colours[run.path], paired[run.path]) for run in others],
+        curves=line_plot("evaluation loss", [_curve(run, colours[run.path]) for run in runs], "step", True),
+        differences=_differences(paired, colours),
+        pictures=[{"name": str(run), "png": _png(image)} for run, image in pictures.items()],
+        pictures_caption=caption,
+    )
+    replace_file(path, page.encode())
+
+
+def _summary(run: RecordedRun) -> list[str]:
+    steps, rate = run.evaluated_steps, run.images_per_s
+    errors = run.errors(steps[-1]) if steps else None
+    loss = "none" if errors is None else f"{float(errors['ema'].mean()):.5f}"
+    evaluated = f"{steps[0]:,} to {steps[-1]:,}" if steps else "none"
+    return [str(run.path), evaluated, loss, "unknown" if rate is None else f"{rate:,.0f}"]
+
+
+def _other(base: RecordedRun, run: RecordedRun, colour: str, found: list[Difference]) -> dict[str, Any]:
+    return {
+        "name": str(run.path),
+        "colour": colour,
+        "what_differs": what_differs(base, run),
+        "code": changed_code(base, run),
+        "table": [_row(one) for one in found],
+        "not_paired": not_paired(base, run) or "no step was evaluated in both",
+    }
+
+
+def _row(one: Difference) -> list[str]:
+    means = [f"{one.step:,}", f"{one.base:.5f}", f"{one.other:.5f}", f"{one.mean / one.base:+.2%}"]
+    return [*means, f"{one.sigmas:+.1f}", *(f"{value / one.base:+.2%}" for value in one.bands)]
+
+
+def _curve(run: RecordedRun, colour: str) -> Curve:
+    errors = {step: run.errors(step) for step in run.evaluated_steps}
+    points = [(float(step), float(found["ema"].mean())) for step, found in errors.items() if found is not None]
+    return Curve(str(run.path), points, colour=colour)
+
+
+def _differences(paired: Mapping[Path, list[Difference]], colours: Mapping[Path, str]) -> Markup:
+    curves = [
+        Curve(
+            str(path),
+            [(float(one.step), 100 * one.mean / one.base) for one in found],
+            [100 * one.standard_error / one.base for one in found],
+            colours[path],
+        )
+        for path, found in paired.items()
+    ]
+    return line_plot("difference from the first run, in percent of its loss", curves, "step")
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
