@@ -33,7 +33,7 @@ def compare(arguments: CompareArguments) -> int:
     print(f"\n{LOSS_IS_NOT_QUALITY}" + ("" if page else ": --out page.html shows the same images of each run") + ".")
     if page is not None:
         pictures = _pictures([base, *others], arguments.images)
-        caption = f"Images 0 to {arguments.images - 1} of seed 0, averaged weights, {SAMPLER.sampler} in few steps."
+        caption = f"Images 0 to {arguments.images - 1} of seed 0, averaged weights, {SAMPLER.sampler}."
         write_comparison(page, base, others, pictures, caption)
         print(f"the page: {page}")
     return 0

@@ -80,6 +80,13 @@ class Difference:
     """Of the mean difference over the addresses."""
     bands: list[float]
     """The mean difference in each band of noise levels, from almost pure noise to almost none."""
+    base_bands: list[float]
+    """The base's mean in each band."""
+
+    @property
+    def relative_bands(self) -> list[float]:
+        """Return each band's difference as a share of the base's loss there."""
+        return [apart / base for apart, base in zip(self.bands, self.base_bands, strict=True)]
 
     @property
     def mean(self) -> float:
@@ -105,7 +112,8 @@ def difference(step: int, base: Tensor, other: Tensor) -> Difference:
     a, b = base[:count].double(), other[:count].double()
     apart = b - a
     standard_error = float(apart.std()) / count**0.5 if count > 1 else 0.0
-    return Difference(step, float(a.mean()), float(b.mean()), standard_error, evaluation.by_band(apart))
+    in_bands = evaluation.by_band(apart), evaluation.by_band(a)
+    return Difference(step, float(a.mean()), float(b.mean()), standard_error, *in_bands)
 
 
 def differences(base: RecordedRun, other: RecordedRun, weights: str = "ema") -> list[Difference]:
@@ -206,9 +214,11 @@ def table(base: RecordedRun, other: RecordedRun) -> list[str]:
     found = [] if reason else differences(base, other)
     if not found:
         return [f"no paired difference: {reason or 'no step was evaluated in both'}"]
-    lines = ["    step      base     other  difference  sigma   by noise level, from almost pure noise to almost none"]
+    lines = [
+        "    step      base     other  difference  sigma   in five noise levels, from almost pure noise to almost none"
+    ]
     for one in found:
-        in_bands = "".join(f"{value:+10.1e}" for value in one.bands)
+        in_bands = "".join(f"{value:+9.1%}" for value in one.relative_bands)
         lines.append(
             f"{one.step:8d}{one.base:10.5f}{one.other:10.5f}{one.mean / one.base:+12.2%}{one.sigmas:+7.1f}{in_bands}"
         )

@@ -51,7 +51,7 @@ def write_comparison(
         title=f"{' and '.join(str(run.path) for run in others)} against {base.path}",
         caution=LOSS_IS_NOT_QUALITY,
         base=str(base.path),
-        runs=[_summary(run) for run in runs],
+        runs=[_summary(run, colours[run.path]) for run in runs],
         others=[_other(base, run, colours[run.path], paired[run.path]) for run in others],
         curves=line_plot("evaluation loss", [_curve(run, colours[run.path]) for run in runs], "step", True),
         differences=_differences(paired, colours),
@@ -61,12 +61,13 @@ def write_comparison(
     replace_file(path, page.encode())
 
 
-def _summary(run: RecordedRun) -> list[str]:
+def _summary(run: RecordedRun, colour: str) -> dict[str, Any]:
     steps, rate = run.evaluated_steps, run.images_per_s
     errors = run.errors(steps[-1]) if steps else None
     loss = "none" if errors is None else f"{float(errors['ema'].mean()):.5f}"
     evaluated = f"{steps[0]:,} to {steps[-1]:,}" if steps else "none"
-    return [str(run.path), evaluated, loss, "unknown" if rate is None else f"{rate:,.0f}"]
+    cells = [evaluated, loss, "unknown" if rate is None else f"{rate:,.0f}"]
+    return {"name": str(run.path), "colour": colour, "cells": cells}
 
 
 def _other(base: RecordedRun, run: RecordedRun, colour: str, found: list[Difference]) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def _other(base: RecordedRun, run: RecordedRun, colour: str, found: list[Differe
 
 def _row(one: Difference) -> list[str]:
     means = [f"{one.step:,}", f"{one.base:.5f}", f"{one.other:.5f}", f"{one.mean / one.base:+.2%}"]
-    return [*means, f"{one.sigmas:+.1f}", *(f"{value / one.base:+.2%}" for value in one.bands)]
+    return [*means, f"{one.sigmas:+.1f}", *(f"{value:+.1%}" for value in one.relative_bands)]
 
 
 def _curve(run: RecordedRun, colour: str) -> Curve:
