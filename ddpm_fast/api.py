@@ -13,13 +13,16 @@ from typing import Any, Unpack
 
 from ddpm_fast.checks.results import report
 from ddpm_fast.checks.suite import check_run
-from ddpm_fast.config import Config, LoadOptions
+from ddpm_fast.config import Config
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.errors import MathematicsError, require
 from ddpm_fast.files import require_writable
+from ddpm_fast.options import LoadOptions, StartOptions
 from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.presets import with_flags
 from ddpm_fast.runs import origin
+from ddpm_fast.runs.against import Judge, reference
+from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.directory import find_start, read_config, read_metrics
 from ddpm_fast.runs.run import Run
@@ -64,7 +67,14 @@ def load(run: str | Path, **keywords: Unpack[LoadKeywords]) -> Model:
 
 
 def train(
-    preset: str | None = None, *, out: str | Path = "", resume: bool = False, progress: bool = True, **flags: Any
+    preset: str | None = None,
+    *,
+    out: str | Path = "",
+    resume: bool = False,
+    against: str | Path = "",
+    until_decided: bool = False,
+    progress: bool = True,
+    **flags: Any,
 ) -> TrainedRun:
     """Check the mathematics, then train, saying what is done on the way.
 
@@ -72,6 +82,8 @@ def train(
         preset: what gives the defaults of all flags: a name of `PRESETS`, "digits" if left out.
         out: the run's directory, which must not exist or be empty; by default runs/PRESET-N with the next free N.
         resume: continue from the newest whole checkpoint of `out`; flags left out come from its config.json.
+        against: a run to judge this one by: flags left out come from its config.json.
+        until_decided: stop once the evaluation loss is certain to be lower or higher than that run's.
         progress: show bars.
         flags: any other flag of `ddpm-fast train`, by its Python name, as batch_size=64 or kernels=False.
 
@@ -81,33 +93,38 @@ def train(
             kept.
         InterruptedRunError: SIGINT or SIGTERM arrived; the run is saved.
     """
-    config = with_flags(starting_config(preset, str(out or ""), resume), flags)
-    return train_config(config, str(out or ""), resume, progress)
+    start = StartOptions(str(out or ""), resume, str(against or ""), until_decided)
+    return train_config(with_flags(starting_config(preset, start), flags), start, progress)
 
 
-def starting_config(preset: str | None, out: str, resume: bool) -> Config:
-    """Return the preset's configuration or, on resuming, the run's own: what flags then change.
+def starting_config(preset: str | None, start: StartOptions) -> Config:
+    """Return the preset's configuration or that of the run which is continued or judged against: what flags change.
 
     Raises:
-        InputError: there is no such preset, or nothing to resume was named.
+        InputError: there is no such preset or run, or nothing to resume was named.
     """
-    if resume:
+    require(not (start.against and preset), f"--preset {preset} and --against {start.against}: leave one of them out")
+    out = start.out
+    if start.resume:
         require(out != "", "--resume needs --out: name the run directory to continue")
         found = read_config(Path(out))
         if found is not None:
             return dataclasses.replace(found[0], preset=preset or found[0].preset)
+    if start.against:
+        return open_run(Path(start.against)).config
     return find_preset(preset or "digits")
 
 
-def train_config(config: Config, out: str = "", resume: bool = False, progress: bool = False) -> TrainedRun:
+def train_config(config: Config, start: StartOptions, progress: bool = False) -> TrainedRun:
     """Train what a configuration describes; see `train`."""
-    training = config.training
+    training, resume = config.training, start.resume
     device = prepare_device(training.device, training.precision)
-    directory = Path(out) if out else _next_free(Path("runs"), config.preset)
+    directory = Path(start.out) if start.out else _next_free(Path("runs"), config.preset)
     require_writable(directory)
     dataset = open_dataset(config.data, config.unet, progress)
     if dataset.skipped:
         print(f"left out {len(dataset.skipped)} files that cannot be read (--skip-bad)")
+    judge = Judge(reference(start.against, config, dataset), config) if start.against else None
     found = find_start(directory, config, dataset.fingerprint, resume)
     step = found.step if found else 0
     if step >= training.steps:
@@ -118,13 +135,18 @@ def train_config(config: Config, out: str = "", resume: bool = False, progress: 
     with enough_memory(device, training.batch_size // training.accumulate):
         if report(check_run(config, dataset, device), strict=config.checks.strict):
             raise MathematicsError("the mathematics is wrong: nothing was trained")
-        run = Run(directory, config, dataset, found, progress)
-        how = f"{device.type}, {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"
+        run = Run(directory, config, dataset, found, progress, judge, start.until_decided)
+        on = f"{device.type}, {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"
+        if judge is not None:
+            judge.recall(directory)
         origin.write(directory, run.trainer.step, device)
-        print(f"training {directory} on {how}: {training.steps} steps, {len(dataset)} images", flush=True)
+        print(f"training {directory} on {on}: {training.steps} steps, {len(dataset)} images", flush=True)
         started = time.perf_counter()
         run.train()
     print(f"trained in {time.perf_counter() - started:.1f} s; grids in {directory / 'samples'}")
+    if judge is not None:
+        judge.write(directory)
+        print(judge.sentence())
     return TrainedRun(directory)
 
 

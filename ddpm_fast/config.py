@@ -200,50 +200,6 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
-class SamplingOptions(SamplerConfig):
-    """Which images to make, by number, and how: image 17 of a seed is the same whatever else is asked for."""
-
-    count: int = 64
-    """How many images."""
-    seed: int = 0
-    """Seed, 0 to 2**64 - 1."""
-    first_index: int = 0
-    """Number of the first image, 0 to 2**32 - 1."""
-    batch_size: int = 64
-    """Largest number of images made at once."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least, most in (("count", 1, 2**32), ("batch_size", 1, 2**20), ("first_index", 0, 2**32 - 1)):
-            value = getattr(self, name)
-            require(least <= value <= most, f"{flag(name)} is {value}: it must lie in {least}..{most}")
-        last = self.first_index + self.count - 1
-        require(last < 2**32, f"--first-index and --count ask for image {last}: the last of a seed is 2**32 - 1")
-        require_seed(self.seed)
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """Which weights of a checkpoint to sample from, and how to run them."""
-
-    weights: Literal["ema", "raw"] = "ema"
-    """Averaged or last trained weights."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes an NVIDIA GPU if there is one."""
-    precision: Precision = "auto"
-    """The U-Net's arithmetic; auto is bf16 on GPUs good at it, else fp32; tf32 is for GPUs."""
-    kernels: bool = True
-    """Run the Triton kernels on an NVIDIA GPU; --no-kernels is plain PyTorch everywhere."""
-    compile: bool = True
-    """Compile the U-Net on a GPU, and on a CPU for long sampling; --no-compile runs it as written."""
-    capture: bool = True
-    """Capture each step on a GPU as a CUDA graph; --no-capture launches every kernel from Python."""
-
-    def __post_init__(self) -> None:
-        require_types(self)
-
-
-@dataclass(frozen=True)
 class CheckConfig:
     """How much may differ from the paper before training is refused."""
 

@@ -18,16 +18,9 @@ from PIL import Image
 pytest.importorskip("tyro")
 import ddpm_fast
 from ddpm_fast.cli import main as cli
-from ddpm_fast.config import (
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    LoadOptions,
-    SamplingOptions,
-    TrainingConfig,
-    UNetConfig,
-)
+from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.grids import grid, to_uint8

@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 
 from ddpm_fast import config, presets
-from ddpm_fast.config import (
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    LoadOptions,
-    SamplerConfig,
-    SamplingOptions,
-    TrainingConfig,
-    UNetConfig,
-)
+from ddpm_fast.config import Config, DataConfig, DiffusionConfig, SamplerConfig, TrainingConfig, UNetConfig
 from ddpm_fast.errors import MEANT, InputError, flag
+from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.presets import PRESETS
 
 # dataclass, field, bad value, and what the message must say beside the field and the value
@@ -96,7 +88,7 @@ def test_every_field_survives_a_round_trip_when_it_is_not_the_default():
         "mine",
         UNetConfig(4, 24, 40, 48, (1, 2, 3), 3, (12, 6), 0.25, 16),
         DiffusionConfig(77, "sigmoid", 0.001, 0.03, "v", "small", False),
-        config.DataConfig("pictures", "0..1", True, True),
+        config.DataConfig("pictures", "0..1", True, True, 0.25),
         TrainingConfig(7, 12, 3, 1e-3, 5, 0.5, 0.9, 5.0, 2**64 - 1, "cpu", "bf16", False, False, False, 3, 4, 5),
         config.CheckConfig(("ema", "sampler"), True),
     )

@@ -13,7 +13,20 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ENGINE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "kernels"]
 OURS = [*ENGINE, *KERNELS, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 
-ROOMS = ["errors", "constants", "config", "presets", "files", "textbook", "diffusion", "ops", "model", "engine", "runs"]
+ROOMS = [
+    "errors",
+    "constants",
+    "config",
+    "options",
+    "presets",
+    "files",
+    "textbook",
+    "diffusion",
+    "ops",
+    "model",
+    "engine",
+    "runs",
+]
 ROOMS += ["checks", "api", "cli", "__main__", "__init__"]
 """From left to right: a room imports itself and what is left of it."""
 DATA = {"data", "errors", "config", "files", "diffusion.noise"}

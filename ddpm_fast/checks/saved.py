@@ -19,7 +19,7 @@ from ddpm_fast.checks.loops import BATCH, images_of, relative, tolerance
 from ddpm_fast.checks.pictures import bands_of
 from ddpm_fast.checks.results import CheckResult, Stage, judged
 from ddpm_fast.checks.sampling import perturb
-from ddpm_fast.config import Config, LoadOptions, SamplerConfig, SamplerName, SamplingOptions, with_training
+from ddpm_fast.config import Config, SamplerConfig, SamplerName, with_training
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion import samplers
 from ddpm_fast.engine import sampling
@@ -27,6 +27,7 @@ from ddpm_fast.engine.execution import choose_dtype
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
+from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.runs import checkpoint, grids
 from ddpm_fast.runs.run import Run
 from ddpm_fast.runs.trained_model import Model

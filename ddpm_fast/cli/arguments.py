@@ -5,8 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from ddpm_fast.config import Config, LoadOptions, SamplingOptions
+from ddpm_fast.config import Config
 from ddpm_fast.errors import require
+from ddpm_fast.options import LoadOptions, SamplingOptions, StartOptions
 from ddpm_fast.presets import PRESETS
 
 
@@ -15,10 +16,7 @@ class TrainArguments:
     """Train a U-Net. --preset is read first and gives the defaults of all other flags."""
 
     config: Config = field(default_factory=lambda: PRESETS["digits"])
-    out: str = ""
-    """Run directory, which must not exist or be empty; default runs/PRESET-N with the next free N."""
-    resume: bool = False
-    """Continue from the newest whole checkpoint of --out; flags left out come from its config.json."""
+    start: StartOptions = field(default_factory=StartOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

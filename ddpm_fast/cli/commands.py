@@ -15,6 +15,7 @@ from ddpm_fast.cli.arguments import SampleArguments
 from ddpm_fast.config import CheckConfig, Config, with_training
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.files import replace_file, require_writable
+from ddpm_fast.options import StartOptions
 from ddpm_fast.runs import checkpoint, origin
 from ddpm_fast.runs.device import prepare_device
 from ddpm_fast.runs.grids import grid, save_animation, save_image, save_picture, to_uint8
@@ -29,10 +30,10 @@ def _progress() -> bool:
     return sys.stderr.isatty()
 
 
-def train(config: Config, out: str, resume: bool) -> int:
+def train(config: Config, start: StartOptions) -> int:
     """Check the mathematics, then train; returns the exit status."""
     try:
-        train_config(config, out, resume, _progress())
+        train_config(config, start, _progress())
     except InterruptedRunError as interrupted:
         print(f"ddpm-fast: {interrupted}", file=sys.stderr)
         return interrupted.exit_status

@@ -6,9 +6,9 @@ from pathlib import Path
 from PIL import Image
 
 from ddpm_fast.cli.arguments import CompareArguments
-from ddpm_fast.config import LoadOptions, SamplingOptions
 from ddpm_fast.errors import InputError
 from ddpm_fast.files import require_writable
+from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, RecordedRun, open_run, table, what_differs
 from ddpm_fast.runs.grids import grid, to_uint8
 from ddpm_fast.runs.page import write_comparison

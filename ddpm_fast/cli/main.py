@@ -20,6 +20,7 @@ import tyro
 from ddpm_fast import __version__
 from ddpm_fast.cli.arguments import CheckArguments, CompareArguments, SampleArguments, TrainArguments
 from ddpm_fast.errors import InputError, MathematicsError, flag, nearest
+from ddpm_fast.options import StartOptions
 from ddpm_fast.presets import preset
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ BROKEN_PIPE = 141
 A_RUN = "RUN_OR_CHECKPOINT is missing: name a run directory or one of its checkpoints/step-*"
 REWORDED = [
     (r"^Error parsing ", ""),
-    (r"^config\.\w+: |^\w+Arguments: ", ""),
+    (r"^(config\.\w+|start|\w+Arguments): ", ""),
     (r"^Missing from .*: RUN_OR_.*", A_RUN),
     (r"^Missing value for argument '(\S+)'.*", r"\1 needs a value"),
     (r"^(\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2: it must be a whole number"),
@@ -122,12 +123,13 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
-    """Parse train's flags over the preset's defaults or, on --resume, over the run's own configuration."""
-    name = _value_of("--preset", arguments)
-    if "--resume" in arguments:
+    """Parse train's flags over the preset's defaults, or over the run's that is continued or judged against."""
+    name, against = _value_of("--preset", arguments), _value_of("--against", arguments)
+    if "--resume" in arguments or against is not None:
         from ddpm_fast.api import starting_config
 
-        default = starting_config(name, _value_of("--out", arguments) or "", resume=True)
+        start = StartOptions(_value_of("--out", arguments) or "", "--resume" in arguments, against or "")
+        default = starting_config(name, start)
     else:
         default = preset(name or "digits")
     return parse(TrainArguments, arguments, TrainArguments(config=default), "train")
@@ -222,7 +224,7 @@ def _train(arguments: list[str]) -> int:
     parsed = parse_train(arguments)
     from ddpm_fast.cli.commands import train
 
-    return train(parsed.config, parsed.out, parsed.resume)
+    return train(parsed.config, parsed.start)
 
 
 def _sample(arguments: list[str]) -> int:

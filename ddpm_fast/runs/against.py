@@ -15,11 +15,19 @@ from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.errors import InputError, flag
 from ddpm_fast.files import replace_file
 from ddpm_fast.runs import evaluation
-from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, Difference, RecordedRun, changed_flags, difference, open_run
+from ddpm_fast.runs.compare import (
+    LOSS_IS_NOT_QUALITY,
+    Difference,
+    RecordedRun,
+    changed_flags,
+    difference,
+    differences,
+    open_run,
+)
 
 DECIDED = 5.0
 """Standard errors from nothing at which a difference is believed."""
-FIRST_SECOND = 2
+IN_A_ROW = 2
 """Evaluations, one after the other, that must agree."""
 LATE_FLAGS = ("ema_decay", "steps")
 """What changes nothing for long: no verdict on them is due while nothing differs."""
@@ -64,6 +72,10 @@ class Judge:
     config: Config
     found: list[Difference] = field(default_factory=list)
 
+    def recall(self, run: Path) -> None:
+        """Begin with what a run that is continued was found to be so far."""
+        self.found = differences(self.base, open_run(run))
+
     def look(self, step: int, errors: evaluation.Errors) -> Difference | None:
         """Compare an evaluation with the other run's at the same step; None where there is none."""
         theirs = self.base.errors(step)
@@ -80,8 +92,8 @@ class Judge:
     @property
     def decided(self) -> bool:
         """Is the sign of the difference certain."""
-        last = self.found[-FIRST_SECOND:]
-        counts = len(last) == FIRST_SECOND and all(one.step >= self.warm_up for one in last)
+        last = self.found[-IN_A_ROW:]
+        counts = len(last) == IN_A_ROW and all(one.step >= self.warm_up for one in last)
         return counts and (all(one.sigmas <= -DECIDED for one in last) or all(one.sigmas >= DECIDED for one in last))
 
     @property

@@ -21,6 +21,7 @@ from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import writing
 from ddpm_fast.runs import checkpoint, evaluation
+from ddpm_fast.runs.against import Judge
 from ddpm_fast.runs.directory import prepare
 from ddpm_fast.runs.evaluation import is_due
 from ddpm_fast.runs.grids import save_normalized_and_raw, to_uint8
@@ -36,7 +37,14 @@ class Run:
     """One run of the trainer in its directory."""
 
     def __init__(
-        self, directory: Path, config: Config, dataset: Dataset, found: checkpoint.Checkpoint | None, progress: bool
+        self,
+        directory: Path,
+        config: Config,
+        dataset: Dataset,
+        found: checkpoint.Checkpoint | None,
+        progress: bool,
+        judge: Judge | None = None,
+        until_decided: bool = False,
     ) -> None:
         """Set up the run in its directory, without training yet.
 
@@ -46,10 +54,13 @@ class Run:
             dataset: what to train on.
             found: the checkpoint to continue from, see `find_start`.
             progress: show bars.
+            judge: compares each evaluation with another run's, if given.
+            until_decided: stop once the judge is certain.
 
         Raises:
             InputError: the directory cannot be written, or the checkpoint does not fit.
         """
+        self.judge, self.until_decided = judge, until_decided
         self.directory, self.config, self.dataset, self.progress = directory, config, dataset, progress
         device = choose_device(config.training.device)
         key = key_from_seed(config.training.seed, "cpu")
@@ -65,8 +76,14 @@ class Run:
                 raise InputError(f"{found.path} does not fit its own configuration: {error}") from None
         prepare(directory, config, dataset.fingerprint, self.trainer.step)
 
+    @property
+    def finished(self) -> bool:
+        """Are all steps done, or is what was to be decided."""
+        decided = self.until_decided and self.judge is not None and self.judge.decided
+        return decided or self.trainer.step >= self.config.training.steps
+
     def train(self) -> None:
-        """Train up to the configured number of steps, logging, saving and drawing on the way.
+        """Train up to the configured number of steps, logging, evaluating, saving and drawing on the way.
 
         Raises:
             InterruptedRunError: SIGINT or SIGTERM arrived; the run is saved.
@@ -81,11 +98,12 @@ class Run:
             bar,
         ):
             self._since, self._since_step = time.perf_counter(), trainer.step
-            while trainer.step < training.steps:
+            while not self.finished:
                 trainer.train_step_no_sync()
                 bar.update()
-                last = trainer.step == training.steps
-                evaluated = self._evaluate() if last or is_due(trainer.step, training.batch_size) else None
+                due = trainer.step == training.steps or is_due(trainer.step, training.batch_size)
+                evaluated = self._evaluate() if due else None
+                last = self.finished
                 if trainer.step % training.log_every == 0 or evaluated:
                     bar.set_postfix(loss=f"{self._log(evaluated):.4f}")
                 if last or signals.received or trainer.step % training.save_every == 0:
@@ -93,8 +111,13 @@ class Run:
                 if last or (training.sample_every and trainer.step % training.sample_every == 0):
                     self.draw()
                 if signals.received and not last:
-                    saved = f"saved step {trainer.step}; continue by ddpm-fast train --out {self.directory} --resume"
-                    raise InterruptedRunError(signals.received, saved)
+                    raise InterruptedRunError(signals.received, f"saved step {trainer.step}; {self._how_to_continue()}")
+
+    def _how_to_continue(self) -> str:
+        against = f" --against {self.judge.base.path}" if self.judge else ""
+        return f"continue by ddpm-fast train --out {self.directory} --resume{against}" + (
+            " --until-decided" if self.until_decided else ""
+        )
 
     def _stop_if_not_finite(self) -> None:
         bad_step = int(self.trainer.numbers.bad_step)
@@ -114,6 +137,9 @@ class Run:
         errors = self.evaluation_set.evaluate(self.trainer)
         with writing(self.directory):
             evaluation.write(self.directory, self.trainer.step, errors)
+        apart = self.judge and self.judge.look(self.trainer.step, errors)
+        if apart:
+            tqdm.write(f"step {self.trainer.step:,}: {apart}")
         self._since += time.perf_counter() - started
         return errors
 

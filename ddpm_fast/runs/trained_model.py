@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 import torch
 from torch import Tensor
 
-from ddpm_fast.config import Config, LoadOptions, Precision, SamplerConfig, SamplerName, SamplingOptions, Spacing
+from ddpm_fast.config import Config, Precision, SamplerConfig, SamplerName, Spacing
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import choose_dtype, choose_execution, set_tf32
 from ddpm_fast.engine.sampling import ImageRange, OnStep, SamplingLoop
@@ -19,6 +19,7 @@ from ddpm_fast.engine.sampling import sample as sample_images
 from ddpm_fast.errors import InputError, require_known
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
+from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.grids import Images, to_uint8

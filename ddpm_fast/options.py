@@ -1,0 +1,72 @@
+"""What is asked of a run beside what it computes: where it starts, which images to make of it, and how.
+
+Imports nothing heavy, so that `ddpm-fast --help` answers at once.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ddpm_fast.config import Precision, SamplerConfig
+from ddpm_fast.errors import flag, require, require_seed, require_types
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """Where a run starts, and when it stops."""
+
+    out: str = ""
+    """Run directory, which must not exist or be empty; default runs/PRESET-N with the next free N."""
+    resume: bool = False
+    """Continue from the newest whole checkpoint of --out; flags left out come from its config.json."""
+    against: str = ""
+    """A run to judge this one by, evaluation by evaluation; flags left out come from its config.json."""
+    until_decided: bool = False
+    """Stop once the evaluation loss is certain to be lower or higher than that of --against."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require(bool(self.against) or not self.until_decided, "--until-decided needs --against: name a run to judge by")
+
+
+@dataclass(frozen=True)
+class SamplingOptions(SamplerConfig):
+    """Which images to make, by number, and how: image 17 of a seed is the same whatever else is asked for."""
+
+    count: int = 64
+    """How many images."""
+    seed: int = 0
+    """Seed, 0 to 2**64 - 1."""
+    first_index: int = 0
+    """Number of the first image, 0 to 2**32 - 1."""
+    batch_size: int = 64
+    """Largest number of images made at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least, most in (("count", 1, 2**32), ("batch_size", 1, 2**20), ("first_index", 0, 2**32 - 1)):
+            value = getattr(self, name)
+            require(least <= value <= most, f"{flag(name)} is {value}: it must lie in {least}..{most}")
+        last = self.first_index + self.count - 1
+        require(last < 2**32, f"--first-index and --count ask for image {last}: the last of a seed is 2**32 - 1")
+        require_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which weights of a checkpoint to sample from, and how to run them."""
+
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged or last trained weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes an NVIDIA GPU if there is one."""
+    precision: Precision = "auto"
+    """The U-Net's arithmetic; auto is bf16 on GPUs good at it, else fp32; tf32 is for GPUs."""
+    kernels: bool = True
+    """Run the Triton kernels on an NVIDIA GPU; --no-kernels is plain PyTorch everywhere."""
+    compile: bool = True
+    """Compile the U-Net on a GPU, and on a CPU for long sampling; --no-compile runs it as written."""
+    capture: bool = True
+    """Capture each step on a GPU as a CUDA graph; --no-capture launches every kernel from Python."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
