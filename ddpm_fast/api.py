@@ -7,6 +7,7 @@ Shapes: N images, C channels, H x W pixels.
 
 import dataclasses
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -21,7 +22,7 @@ from ddpm_fast.options import LoadOptions, StartOptions
 from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.presets import with_flags
 from ddpm_fast.runs import origin
-from ddpm_fast.runs.against import Judge, reference
+from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.directory import find_start, read_config, read_metrics
@@ -115,27 +116,39 @@ def starting_config(preset: str | None, start: StartOptions) -> Config:
     return find_preset(preset or "digits")
 
 
-def train_config(config: Config, start: StartOptions, progress: bool = False) -> TrainedRun:
-    """Train what a configuration describes; see `train`."""
+def train_config(
+    config: Config, start: StartOptions, progress: bool = False, stops_at: Collection[str] = ()
+) -> TrainedRun:
+    """Train what a configuration describes; see `train`.
+
+    Args:
+        config: what to train.
+        start: where to start, and what to judge the run by.
+        progress: show bars.
+        stops_at: verdicts that end the run, beside those of --until-decided.
+    """
     training, resume = config.training, start.resume
     device = prepare_device(training.device, training.precision)
-    directory = Path(start.out) if start.out else _next_free(Path("runs"), config.preset)
+    directory = Path(start.out) if start.out else next_free(Path("runs"), config.preset)
     require_writable(directory)
     dataset = open_dataset(config.data, config.unet, progress)
     if dataset.skipped:
         print(f"left out {len(dataset.skipped)} files that cannot be read (--skip-bad)")
-    judge = Judge(reference(start.against, config, dataset), config) if start.against else None
+    judge = None
+    if start.against:
+        ends = EITHER_WAY if start.until_decided else tuple(stops_at)
+        judge = Judge(reference(start.against, config, dataset), config, ends)
     found = find_start(directory, config, dataset.fingerprint, resume)
     step = found.step if found else 0
     if step >= training.steps:
         print(f"{directory} is finished: all {step} steps are done; raise --steps to go on")
-        return TrainedRun(directory)
+        return _judged(directory, judge)
     if resume:
         print(f"{directory}: " + (f"continuing at step {step}" if found else "no checkpoint, starting at step 0"))
     with enough_memory(device, training.batch_size // training.accumulate):
         if report(check_run(config, dataset, device), strict=config.checks.strict):
             raise MathematicsError("the mathematics is wrong: nothing was trained")
-        run = Run(directory, config, dataset, found, progress, judge, start.until_decided)
+        run = Run(directory, config, dataset, found, progress, judge)
         on = f"{device.type}, {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"
         if judge is not None:
             judge.recall(directory)
@@ -144,13 +157,20 @@ def train_config(config: Config, start: StartOptions, progress: bool = False) ->
         started = time.perf_counter()
         run.train()
     print(f"trained in {time.perf_counter() - started:.1f} s; grids in {directory / 'samples'}")
+    return _judged(directory, judge)
+
+
+def _judged(directory: Path, judge: Judge | None) -> TrainedRun:
+    """Say and keep what was found of a run that has come to its end."""
     if judge is not None:
+        judge.recall(directory)
         judge.write(directory)
         print(judge.sentence())
     return TrainedRun(directory)
 
 
-def _next_free(parent: Path, name: str) -> Path:
+def next_free(parent: Path, name: str) -> Path:
+    """Return parent/name-N with the least N that is not taken."""
     number = 1
     while (parent / f"{name}-{number}").exists():
         number += 1

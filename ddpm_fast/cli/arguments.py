@@ -59,3 +59,27 @@ class CompareArguments:
     def __post_init__(self) -> None:
         require(len(self.runs) > 1, f"compare needs two runs or more, not {len(self.runs)}: name their directories")
         require(self.images >= 0, f"--images is {self.images}: it must not be negative")
+
+
+@dataclass(frozen=True)
+class SweepArguments:
+    """Train all combinations of some flags' values, one after the other, each judged against one run.
+
+    Beside the flags below takes any of train's, each with the values to try: --learning-rate 1e-3 2e-3 --flip true
+    false. A list is one value: --channel-multipliers 1,2 1,2,2. What is sure to lose is stopped.
+    """
+
+    against: str = ""
+    """The run to judge by, whose configuration all others share but for the flags that are tried."""
+    out: str = ""
+    """Directory of the runs; default runs/sweep-N with the next free N."""
+    resume: bool = False
+    """Continue the sweep in --out, with the flags that it was started with."""
+    images: int = 16
+    """Images of each run on the page; 0 draws none."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.against) or self.resume, "sweep needs --against: name the run to judge by")
+        require(not (self.against and self.resume), "--resume knows --against from the sweep's start: leave it out")
+        require(bool(self.out) or not self.resume, "--resume needs --out: name the sweep's directory to continue")
+        require(self.images >= 0, f"--images is {self.images}: it must not be negative")

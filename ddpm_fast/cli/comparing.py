@@ -1,6 +1,7 @@
 """What `ddpm-fast compare` does once its flags are known."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -32,11 +33,16 @@ def compare(arguments: CompareArguments) -> int:
         print("\n".join(f"  {line}" for line in table(base, other)))
     print(f"\n{LOSS_IS_NOT_QUALITY}" + ("" if page else ": --out page.html shows the same images of each run") + ".")
     if page is not None:
-        pictures = _pictures([base, *others], arguments.images)
-        caption = f"Images 0 to {arguments.images - 1} of seed 0, averaged weights, {SAMPLER.sampler}."
-        write_comparison(page, base, others, pictures, caption)
-        print(f"the page: {page}")
+        write_page(page, base, others, arguments.images)
     return 0
+
+
+def write_page(page: Path, base: RecordedRun, others: Sequence[RecordedRun], images: int) -> None:
+    """Write a comparison's page, with so many images of each run."""
+    pictures = _pictures([base, *others], images)
+    caption = f"Images 0 to {images - 1} of seed 0, averaged weights, {SAMPLER.sampler}."
+    write_comparison(page, base, others, pictures, caption)
+    print(f"the page: {page}")
 
 
 def _shown(run: RecordedRun) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from ddpm_fast import __version__
-from ddpm_fast.cli.arguments import CheckArguments, CompareArguments, SampleArguments, TrainArguments
+from ddpm_fast.cli.arguments import CheckArguments, CompareArguments, SampleArguments, SweepArguments, TrainArguments
 from ddpm_fast.errors import InputError, MathematicsError, flag, nearest
 from ddpm_fast.options import StartOptions
 from ddpm_fast.presets import preset
@@ -34,6 +34,7 @@ commands:
   sample   make images from a run or a checkpoint
   check    is the mathematics right, here, now
   compare  what differs between two runs, and what the difference did
+  sweep    try flags' values one after the other, judged against one run
 
 `ddpm-fast COMMAND --help` explains every flag with its unit and default.
 `ddpm-fast --version` says which version this is; `ddpm-fast --completion SHELL` prints what completes commands and
@@ -154,6 +155,7 @@ def completion(shell: str) -> str:
         "sample": SampleArguments,
         "check": CheckArguments,
         "compare": CompareArguments,
+        "sweep": SweepArguments,
     }
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
@@ -191,6 +193,7 @@ def run(arguments: list[str]) -> int:
         "sample": _sample,
         "check": _check,
         "compare": _compare,
+        "sweep": _sweep,
     }
     first, *rest = arguments or ["--help"]
     try:
@@ -246,3 +249,35 @@ def _compare(arguments: list[str]) -> int:
     from ddpm_fast.cli.comparing import compare
 
     return compare(parsed)
+
+
+def _sweep(arguments: list[str]) -> int:
+    own, grid = _own_flags(SweepArguments, arguments)
+    parsed = parse(SweepArguments, own, command="sweep")
+    from ddpm_fast.cli.sweeping import prepare, sweep
+
+    parsed, plan, base = prepare(parsed, grid)
+    tried = {
+        name: parse(TrainArguments, flags, TrainArguments(config=base), "sweep").config
+        for name, flags in plan.combinations().items()
+    }
+    return sweep(parsed, plan, tried)
+
+
+def _own_flags(cls: Any, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the flags of a dataclass, with their values, from all others."""
+    own, others = list[str](), list[str]()
+    names = (*_flags_of(cls), "-h", "--help")
+    target = others
+    for argument in arguments:
+        if argument.startswith("-") and not _is_number(argument):
+            target = own if argument.split("=")[0].replace("_", "-") in names else others
+        target.append(argument)
+    return own, others
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(text)
+        return True
+    return False

@@ -7,6 +7,7 @@ last few batches' doing.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,9 @@ DECIDED = 5.0
 """Standard errors from nothing at which a difference is believed."""
 IN_A_ROW = 2
 """Evaluations, one after the other, that must agree."""
+LOST = ("higher",)
+EITHER_WAY = ("lower", "higher")
+"""Verdicts after which more steps change little: one of them, and both."""
 LATE_FLAGS = ("ema_decay", "steps")
 """What changes nothing for long: no verdict on them is due while nothing differs."""
 
@@ -70,6 +74,8 @@ class Judge:
 
     base: RecordedRun
     config: Config
+    stops_at: Collection[str] = ()
+    """Verdicts at which the run shall stop."""
     found: list[Difference] = field(default_factory=list)
 
     def recall(self, run: Path) -> None:
@@ -109,6 +115,11 @@ class Judge:
         if not self.decided:
             return "undecided"
         return "lower" if last.mean < 0 else "higher"
+
+    @property
+    def stops(self) -> bool:
+        """Has the run's end come, whatever steps are left."""
+        return self.verdict in self.stops_at
 
     def sentence(self) -> str:
         """Return the verdict in words, with the figures that it rests on."""

@@ -21,7 +21,7 @@ from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import writing
 from ddpm_fast.runs import checkpoint, evaluation
-from ddpm_fast.runs.against import Judge
+from ddpm_fast.runs.against import EITHER_WAY, Judge
 from ddpm_fast.runs.directory import prepare
 from ddpm_fast.runs.evaluation import is_due
 from ddpm_fast.runs.grids import save_normalized_and_raw, to_uint8
@@ -44,7 +44,6 @@ class Run:
         found: checkpoint.Checkpoint | None,
         progress: bool,
         judge: Judge | None = None,
-        until_decided: bool = False,
     ) -> None:
         """Set up the run in its directory, without training yet.
 
@@ -54,13 +53,12 @@ class Run:
             dataset: what to train on.
             found: the checkpoint to continue from, see `find_start`.
             progress: show bars.
-            judge: compares each evaluation with another run's, if given.
-            until_decided: stop once the judge is certain.
+            judge: compares each evaluation with another run's, if given, and may end the run.
 
         Raises:
             InputError: the directory cannot be written, or the checkpoint does not fit.
         """
-        self.judge, self.until_decided = judge, until_decided
+        self.judge = judge
         self.directory, self.config, self.dataset, self.progress = directory, config, dataset, progress
         device = choose_device(config.training.device)
         key = key_from_seed(config.training.seed, "cpu")
@@ -78,9 +76,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Are all steps done, or is what was to be decided."""
-        decided = self.until_decided and self.judge is not None and self.judge.decided
-        return decided or self.trainer.step >= self.config.training.steps
+        """Are all steps done, or does the judge stop the run."""
+        return (self.judge is not None and self.judge.stops) or self.trainer.step >= self.config.training.steps
 
     def train(self) -> None:
         """Train up to the configured number of steps, logging, evaluating, saving and drawing on the way.
@@ -115,9 +112,8 @@ class Run:
 
     def _how_to_continue(self) -> str:
         against = f" --against {self.judge.base.path}" if self.judge else ""
-        return f"continue by ddpm-fast train --out {self.directory} --resume{against}" + (
-            " --until-decided" if self.until_decided else ""
-        )
+        until = " --until-decided" if self.judge and self.judge.stops_at == EITHER_WAY else ""
+        return f"continue by ddpm-fast train --out {self.directory} --resume{against}{until}"
 
     def _stop_if_not_finite(self) -> None:
         bad_step = int(self.trainer.numbers.bad_step)

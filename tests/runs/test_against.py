@@ -12,7 +12,7 @@ from ddpm_fast.data.dataset import Dataset, open_dataset
 from ddpm_fast.errors import InputError
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import evaluation
-from ddpm_fast.runs.against import Judge, acts_late, reference
+from ddpm_fast.runs.against import EITHER_WAY, Judge, acts_late, reference
 from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.directory import find_start
 from ddpm_fast.runs.run import Run
@@ -102,9 +102,9 @@ def test_a_run_stops_once_it_is_decided_and_remembers_after_a_stop(tmp_path):
     slow = with_training(config, learning_rate=1e-9)
 
     def against(directory: Path, steps: int) -> tuple[Run, Judge]:
-        judge = Judge(base, slow)
+        judge = Judge(base, slow, EITHER_WAY)
         found = find_start(directory, slow, DATA.fingerprint, resume=directory.exists())
-        going = Run(directory, with_training(slow, steps=steps), DATA, found, False, judge, until_decided=True)
+        going = Run(directory, with_training(slow, steps=steps), DATA, found, False, judge)
         judge.recall(directory)
         return going, judge
 

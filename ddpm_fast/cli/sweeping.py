@@ -1,0 +1,78 @@
+"""What `ddpm-fast sweep` does: one run after the other, each judged against the base, and a table at the end."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ddpm_fast.api import next_free, train_config
+from ddpm_fast.cli.arguments import SweepArguments
+from ddpm_fast.cli.comparing import write_page
+from ddpm_fast.config import Config
+from ddpm_fast.errors import MathematicsError, require
+from ddpm_fast.files import require_writable
+from ddpm_fast.options import StartOptions
+from ddpm_fast.runs.against import LOST
+from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, changed_flags, open_run
+from ddpm_fast.runs.signals import InterruptedRunError
+from ddpm_fast.runs.sweep import FAILED, Plan, failed, ranking, read_grid, read_plan, verdict_of
+
+
+def prepare(arguments: SweepArguments, flags: Sequence[str]) -> tuple[SweepArguments, Plan, Config]:
+    """Return the arguments with --out decided, what the sweep consists of, and the base's configuration.
+
+    Raises:
+        InputError: a flag cannot be tried, nothing is to be tried, or --out holds anything and is not continued.
+    """
+    if arguments.resume:
+        plan = read_plan(Path(arguments.out))
+        require(
+            not flags, f"--resume takes the flags that {arguments.out} was started with: leave {' '.join(flags)} out"
+        )
+    else:
+        directory = Path(arguments.out) if arguments.out else next_free(Path("runs"), "sweep")
+        taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+        require(not taken, f"--out {directory} exists and is not empty: add --resume to continue it, or name another")
+        arguments, plan = replace(arguments, out=str(directory)), Plan(arguments.against, read_grid(flags))
+        require(
+            bool(plan.grid), "nothing to try: name one or more of train's flags with values, --learning-rate 1e-3 2e-3"
+        )
+    return arguments, plan, open_run(Path(plan.against)).config
+
+
+def sweep(arguments: SweepArguments, plan: Plan, configs: Mapping[str, Config]) -> int:
+    """Train each configuration that has not come to its end yet, and rank them; returns the exit status.
+
+    Args:
+        arguments: where to write.
+        plan: what the sweep consists of.
+        configs: of each run, by the name of its directory.
+    """
+    directory, base = Path(arguments.out), open_run(Path(plan.against))
+    require_writable(directory)
+    plan.write(directory)
+    tried = {name: config for name, config in configs.items() if changed_flags(base.config, config)}
+    for name in configs.keys() - tried.keys():
+        print(f"{name} is the base, {plan.against}")
+    for number, (name, config) in enumerate(tried.items(), start=1):
+        run = directory / name
+        verdict = verdict_of(run)
+        print(f"\nrun {number} of {len(tried)}: {name}" + (f" has ended: {verdict}" if verdict else ""), flush=True)
+        if verdict is None:
+            start = StartOptions(str(run), run.is_dir() and any(run.iterdir()), plan.against)
+            try:
+                train_config(config, start, sys.stderr.isatty(), LOST)
+            except MathematicsError as error:
+                print(f"{name} failed: {error}")
+                failed(run)
+            except InterruptedRunError as interrupted:
+                how = f"continue by ddpm-fast sweep --out {directory} --resume"
+                print(f"ddpm-fast: stopped in {run}, which is saved; {how}", file=sys.stderr)
+                return interrupted.exit_status
+    runs = [open_run(directory / name) for name in tried if verdict_of(directory / name) != FAILED]
+    require(bool(runs), f"no run of {directory} could be trained to its end")
+    print(f"\nagainst {plan.against}, the lowest evaluation loss first")
+    print("\n".join(ranking(base, runs)))
+    print(f"{LOSS_IS_NOT_QUALITY}.")
+    write_page(directory / "page.html", base, runs, arguments.images)
+    return 0
