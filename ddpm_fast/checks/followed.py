@@ -94,7 +94,8 @@ class FollowedUNet:
 
     def gradients(self) -> dict[str, Tensor]:
         """Run, and return each parameter's gradient, given the engine's of the prediction."""
-        self.run().backward(torch.cat(self.step.prediction_gradients).to(self.dtype))
+        gradient = torch.cat(self.step.prediction_gradients).to(self.dtype)
+        (self.run() * gradient).sum().backward()  # not `backward(gradient)`, for which PyTorch imports SymPy
         return {name: p.grad for name, p in self.unet.named_parameters() if p.grad is not None}
 
     def differing(self) -> list[Difference]:

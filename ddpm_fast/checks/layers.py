@@ -5,6 +5,7 @@ Shapes: N images, C channels, H x W pixels, T timesteps, S the sum of all ResBlo
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -55,8 +56,9 @@ def check_group_norm(trainer: Trainer) -> Iterator[CheckResult]:
         return ops.group_norm_silu(norm.x, norm.weight, norm.bias, groups, shift=norm.shift)
 
     def book(norm: Norm, groups: int) -> Tensor:
-        layer = textbook.ResBlock(norm.x.shape[1], norm.x.shape[1], trainer.config.unet).norm1
-        return F.silu(F.group_norm(norm.x + norm.shift[:, :, None, None], groups, norm.weight, norm.bias, layer.eps))
+        channels, config = len(norm.weight), replace(trainer.config.unet, channels=groups, groups=groups)
+        eps = textbook.ResBlock(channels, channels, config).norm1.eps
+        return F.silu(F.group_norm(norm.x + norm.shift[:, :, None, None], groups, norm.weight, norm.bias, eps))
 
     for name, norm, groups in _norms(trainer):
         ours, theirs = (
@@ -85,7 +87,8 @@ def _with_gradients(norm: Callable[[Norm, int], Tensor], inputs: Norm, groups: i
     inputs = Norm(*(value.requires_grad_() for value in inputs))
     y = norm(inputs, groups)
     weights = torch.cos(torch.arange(y.numel(), device=y.device, dtype=torch.float64)).view_as(y).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, list(inputs), weights)]
+    # Not as `grad_outputs`: to look at these PyTorch imports SymPy first, for half a second.
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), list(inputs))]
 
 
 class _Seen(Exception):  # noqa: N818
