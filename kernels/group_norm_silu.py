@@ -3,16 +3,18 @@
     h = x + shift                                    n = (h - mean) * rstd   over each group of an image
     b = n * weight + bias                            y = dropout(b * sigmoid(b))
 
+and group_norm_silu_of_sum, where h has more terms, and is a result as well: see `joined_tiles`.
+
 Layout and division of the work: see `group_norm_tiles`. Arithmetic and statistics are float32. Kept for the backward
 pass: mean and rstd [N, G] float32; dropout is made again from its address.
-Bytes moved, of 2 or 4 per element: 2 elements' worth (one tile, loop) or 3 (split).
+Bytes moved, of 2 or 4 per element: 2 elements' worth (one tile, loop) or 3 (split), and 1 for each more term and for h.
 
-Statistics are sums around a pivot, the mean of the program's first tile. That tile is a fraction f of the slice, so
-variance >= f * (pivot - mean)^2, and the subtraction at the end loses at most log2(1 + 1/f) bits; with one tile it
-is the corrected two-pass formula. No atomics, every order fixed: two runs agree bit for bit. Not yet timed on a GPU.
+Statistics: see `group_norm_moments`. No atomics, every order fixed: two runs agree bit for bit. Not yet timed on a GPU.
 
 Shapes: N image, C channel, H x W pixels, G group, D = C / G channels per group, S slice of pixels.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -21,9 +23,9 @@ from torch import Tensor
 
 from ddpm_fast.constants import GROUP_NORM_EPS
 from ddpm_fast.kernels import checks
+from ddpm_fast.kernels.group_norm_moments import combine_moments, slice_moments
 from ddpm_fast.kernels.group_norm_tiles import (
     by_channel,
-    by_group,
     channel_block,
     check_inputs,
     divide,
@@ -31,56 +33,11 @@ from ddpm_fast.kernels.group_norm_tiles import (
     dropout_arguments,
     load_affine,
     load_shift,
-    load_tile,
     locate,
     shift_arguments,
     store_tile,
 )
-
-
-@triton.jit
-def slice_moments(
-    base, area, shift, place,
-    C: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, ONE: tl.constexpr,
-):  # fmt: skip
-    """Return x + shift - pivot of the slice's first tile, its mask, and pivot, mean - pivot and M2 [BLOCK_G]."""
-    pixels = area[0]
-    x, mask = load_tile(base, 0, area, C, BLOCK_P, "evict_last")
-    first = tl.where(mask, x + shift[None, :], 0.0)
-    pivot = by_group(tl.sum(first, axis=0), place, BLOCK_G) / (tl.minimum(pixels, BLOCK_P) * (1.0 * D))
-    pivot_c = by_channel(pivot, place)
-    first = tl.where(mask, first - pivot_c[None, :], 0.0)
-    total, squares = first, first * first
-    if not ONE:
-        for start in range(BLOCK_P, pixels, BLOCK_P):
-            x, inside = load_tile(base, start, area, C, BLOCK_P, "evict_last")
-            deviation = tl.where(inside, x + shift[None, :] - pivot_c[None, :], 0.0)
-            total += deviation
-            squares += deviation * deviation
-    count = pixels * (1.0 * D)
-    beyond = by_group(tl.sum(total, axis=0), place, BLOCK_G) / count
-    m2 = by_group(tl.sum(squares, axis=0), place, BLOCK_G) - count * beyond * beyond
-    return first, mask, pivot, beyond, tl.maximum(m2, 0.0)
-
-
-@triton.jit
-def combine_moments(
-    partials, image, group, real_group, HW, slice_pixels,
-    G: tl.constexpr, D: tl.constexpr, SLICES: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Combine the slices' moments (Chan et al. 1983), around the first slice's pivot: mean and M2 [BLOCK_G]."""
-    index = tl.arange(0, BLOCK_S)
-    count = tl.minimum(slice_pixels, HW - index * slice_pixels)
-    count = tl.where(index < SLICES, count * (1.0 * D), 0.0)[:, None]
-    here = (index < SLICES)[:, None] & real_group[None, :]
-    base = partials + image * (SLICES * 3 * G) + group
-    row = base[None, :] + (index * (3 * G))[:, None]
-    pivot = tl.load(base, mask=real_group, other=0.0)
-    beyond = (tl.load(row, mask=here, other=0.0) - pivot[None, :]) + tl.load(row + G, mask=here, other=0.0)
-    mean = tl.sum(beyond * count, axis=0) / (HW * (1.0 * D))
-    apart = beyond - mean[None, :]
-    m2 = tl.load(row + 2 * G, mask=here, other=0.0) + count * apart * apart
-    return pivot + mean, tl.sum(m2, axis=0)
+from ddpm_fast.kernels.joined_tiles import load_sum
 
 
 @triton.jit
@@ -93,13 +50,16 @@ def activate(b, noise, first_pixel, SILU: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    x,  # [N, H, W, C]
-    shift,  # [N, C], rows apart by shift_stride, or None
+    x,  # [N, H, W, FIRST]
+    added,  # [N, H, W, FIRST] or None
+    beside,  # [N, H, W, C - FIRST], or None where FIRST is C
+    shift,  # [N, FIRST], rows apart by shift_stride, or None
     partials,  # [N, S, 3, G] float32 of a slice: pivot, mean - pivot, sum of squared deviations from the mean
     shift_stride,
     HW,
     slice_pixels,
     C: tl.constexpr,
+    FIRST: tl.constexpr,
     G: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -114,10 +74,10 @@ def statistics_kernel(
     channel, real, place, group, real_group = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
-    shift_c = load_shift(shift, image * shift_stride, channel, real)
-    base = x + (image * HW + first_pixel) * C
+    shift_c = load_shift(shift, image * shift_stride, channel, real & (channel < FIRST))
+    terms = (x, added, beside, FIRST, image * HW + first_pixel)
     area = (pixels, channel, real, WHOLE)
-    _, _, pivot, beyond, m2 = slice_moments(base, area, shift_c, place, C, D, BLOCK_G, BLOCK_P, False)
+    _, _, pivot, beyond, m2 = slice_moments(terms, None, area, shift_c, place, C, D, BLOCK_G, BLOCK_P, False)
     row = partials + (image * SLICES + index) * (3 * G) + group
     tl.store(row, pivot, mask=real_group)
     tl.store(row + G, beyond, mask=real_group)
@@ -126,13 +86,16 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["layer"])
 def normalize_kernel(
-    x,  # [N, H, W, C]
+    x,  # [N, H, W, FIRST]
+    added,  # [N, H, W, FIRST] or None
+    beside,  # [N, H, W, C - FIRST], or None where FIRST is C
     weight,  # [C]
     bias,  # [C]
-    shift,  # [N, C], rows apart by shift_stride, or None
+    shift,  # [N, FIRST], rows apart by shift_stride, or None
     key,  # [2] int64 words or None: no dropout
     sample_index,  # [N] int64
     partials,  # [N, S, 3, G] float32, read where SLICES > 1
+    h,  # [N, H, W, C] or None
     y,  # [N, H, W, C]
     mean,  # [N, G] float32
     rstd,  # [N, G] float32
@@ -142,6 +105,7 @@ def normalize_kernel(
     eps,
     layer,
     C: tl.constexpr,
+    FIRST: tl.constexpr,
     G: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -161,15 +125,16 @@ def normalize_kernel(
     channel, real, place, group, real_group = channel_block(block, C, G, BLOCK_GROUPS, BLOCK_C, BLOCK_G)
     first_pixel = index * slice_pixels
     pixels = tl.minimum(slice_pixels, HW - first_pixel)
-    shift_c = load_shift(shift, image * shift_stride, channel, real)
-    offset_in = (image * HW + first_pixel) * C
-    x += offset_in
-    y += offset_in
+    shift_c = load_shift(shift, image * shift_stride, channel, real & (channel < FIRST))
+    terms = (x, added, beside, FIRST, image * HW + first_pixel)
+    y += (image * HW + first_pixel) * C
+    if h is not None:
+        h += (image * HW + first_pixel) * C
     area = (pixels, channel, real, WHOLE)
     if SLICES > 1:
         mean_g, m2 = combine_moments(partials, image, group, real_group, HW, slice_pixels, G, D, SLICES, BLOCK_S)
     else:
-        first, mask, pivot, beyond, m2 = slice_moments(x, area, shift_c, place, C, D, BLOCK_G, BLOCK_P, ONE)
+        first, mask, pivot, beyond, m2 = slice_moments(terms, h, area, shift_c, place, C, D, BLOCK_G, BLOCK_P, ONE)
         mean_g = pivot + beyond
     rstd_g = 1.0 / tl.sqrt(m2 / (HW * (1.0 * D)) + eps)
     if index == 0:
@@ -184,12 +149,39 @@ def normalize_kernel(
         value = first * gain[None, :] + (offset - by_channel(beyond, place) * gain)[None, :]
         store_tile(y, 0, activate(value, noise, 0, SILU), mask, channel, C, BLOCK_P)
     else:
-        mean_c = by_channel(mean_g, place) - shift_c
+        mean_c = by_channel(mean_g, place)
         for start in range(0, pixels, BLOCK_P):
-            h, mask = load_tile(x, start, area, C, BLOCK_P, "evict_first")
-            value = (h - mean_c[None, :]) * gain[None, :] + offset[None, :]
+            value, mask = load_sum(terms, start, area, C, BLOCK_P, "evict_first")
+            value += shift_c[None, :]
+            if h is not None:
+                store_tile(h, start, value, mask, channel, C, BLOCK_P)
+            value = (value - mean_c[None, :]) * gain[None, :] + offset[None, :]
             value = activate(value, noise, first_pixel + start, SILU)
             store_tile(y, start, value, mask, channel, C, BLOCK_P)
+
+
+def launch(
+    of_input: dict[str, Any], of_output: dict[str, Any], y: Tensor, groups: int, silu: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Write what `normalize_kernel` writes, and return mean and rstd [N, G] float32.
+
+    of_input: the arguments of both kernels that say what h is; of_output: those of `normalize_kernel` alone.
+    """
+    N, x = len(y), of_input["x"]
+    chosen, shared = divide(y, groups, more=of_output["key"] is not None or of_input["added"] is not None)
+    grid = checks.grid("x", y, N * chosen.slices * shared["BLOCKS"])
+    shared |= {"FIRST": x.shape[1], **of_input}
+    mean, rstd = (y.new_empty(N, groups, dtype=torch.float32) for _ in range(2))
+    if N == 0:
+        return mean, rstd
+    with torch.cuda.device_of(y):
+        partials = None
+        if chosen.slices > 1:
+            partials = y.new_empty(N, chosen.slices, 3, groups, dtype=torch.float32)
+            statistics_kernel[grid](partials=partials, **shared)
+        options = {"BLOCK_S": triton.next_power_of_2(chosen.slices), "ONE": chosen.one_tile, "SILU": silu}
+        normalize_kernel[grid](partials=partials, y=y, mean=mean, rstd=rstd, eps=eps, **options, **shared, **of_output)
+    return mean, rstd
 
 
 def group_norm_silu(
@@ -222,33 +214,48 @@ def group_norm_silu(
         ValueError: an argument is not as said here.
     """
     check_inputs(x, weight, bias, shift, groups)
+    of_input = {"x": x, "added": None, "beside": None, **shift_arguments(shift)}
     random = dropout_arguments(x, key, sample_index, probability, layer)
-    chosen, shared = divide(x, groups, dropout=random["key"] is not None)
-    N = len(x)
-    grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
-    shared |= shift_arguments(shift)
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    mean, rstd = (x.new_empty(N, groups, dtype=torch.float32) for _ in range(2))
-    if N == 0:
-        return y, mean, rstd
-    with torch.cuda.device_of(x):
-        partials = None
-        if chosen.slices > 1:
-            partials = x.new_empty(N, chosen.slices, 3, groups, dtype=torch.float32)
-            statistics_kernel[grid](x=x, partials=partials, **shared)
-        normalize_kernel[grid](
-            x=x,
-            weight=weight,
-            bias=bias,
-            partials=partials,
-            y=y,
-            mean=mean,
-            rstd=rstd,
-            eps=eps,
-            BLOCK_S=triton.next_power_of_2(chosen.slices),
-            ONE=chosen.one_tile,
-            SILU=silu,
-            **shared,
-            **random,
-        )
-    return y, mean, rstd
+    return y, *launch(of_input, {"weight": weight, "bias": bias, "h": None, **random}, y, groups, silu, eps)
+
+
+def group_norm_silu_of_sum(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None = None,
+    added: Tensor | None = None,
+    beside: Tensor | None = None,
+    *,
+    groups: int,
+    silu: bool = True,
+    eps: float = GROUP_NORM_EPS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute `ddpm_fast.ops.reference.group_norm_silu_and_residual` and the statistics for its backward pass.
+
+    Args:
+        x, shift: as for `group_norm_silu`; weight and bias are of all channels.
+        added: like x.
+        beside: [N, B, H, W], otherwise like x.
+        groups, silu, eps: as in the reference.
+
+    Returns:
+        y and h [N, C + B, H, W] like x, and mean and rstd [N, G] float32 of h.
+
+    Raises:
+        ValueError: an argument is not as said here.
+    """
+    N, C, H, W = checks.image_shape("x", x)
+    channels = C + (0 if beside is None else beside.shape[1])
+    check_inputs(x, weight, bias, shift, groups, channels)
+    if added is not None:
+        checks.check_images("added", added, x.shape, (x.dtype,), x.device)
+    if beside is not None:
+        checks.check_images("beside", beside, (N, channels - C, H, W), (x.dtype,), x.device)
+    h = x.new_empty(N, H, W, channels).permute(0, 3, 1, 2)
+    checks.image_shape("x beside the other", h)
+    of_input = {"x": x, "added": added, "beside": beside, **shift_arguments(shift)}
+    no_dropout = dropout_arguments(x, None, None, 0.0, 0)
+    y = torch.empty_like(h)
+    return y, h, *launch(of_input, {"weight": weight, "bias": bias, "h": h, **no_dropout}, y, groups, silu, eps)

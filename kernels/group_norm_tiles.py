@@ -85,19 +85,26 @@ def load_affine(weight, bias, channel, real):
 
 
 @triton.jit
-def load_tile(base, start, area, C: tl.constexpr, BLOCK_P: tl.constexpr, POLICY: tl.constexpr):
-    """Load [BLOCK_P, BLOCK_C] float32 from pixel `start` of a slice, zero outside of its area, and the mask.
+def tile_mask(start, area, BLOCK_P: tl.constexpr):
+    """Return what of a tile [BLOCK_P, BLOCK_C] from pixel `start` of a slice on lies within its area.
 
     area: the slice's pixels, channel and whether it is real [BLOCK_C], and WHOLE: no tile reaches beyond. The compiler
     drops a mask that is always true, and the registers that it took.
     """
     pixels, channel, real, WHOLE = area
-    row = tl.arange(0, BLOCK_P)
     if WHOLE:
         mask = tl.full([BLOCK_P, channel.shape[0]], True, tl.int1)
     else:
-        mask = (row < pixels - start)[:, None] & real[None, :]
-    offsets = row[:, None] * C + channel[None, :]
+        mask = (tl.arange(0, BLOCK_P) < pixels - start)[:, None] & real[None, :]
+    return mask
+
+
+@triton.jit
+def load_tile(base, start, area, C: tl.constexpr, BLOCK_P: tl.constexpr, POLICY: tl.constexpr):
+    """Load [BLOCK_P, BLOCK_C] float32 from pixel `start` of a slice, zero outside of its area, and `tile_mask`."""
+    _, channel, _, _ = area
+    mask = tile_mask(start, area, BLOCK_P)
+    offsets = tl.arange(0, BLOCK_P)[:, None] * C + channel[None, :]
     tile = tl.load(base + start * C + offsets, mask=mask, other=0.0, eviction_policy=POLICY)
     return tile.to(tl.float32), mask
 
@@ -195,24 +202,24 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1
     return Plan(blocked, block_channels(blocked), block_pixels, slices, slice_pixels, num_warps)
 
 
-def register_limit(chosen: Plan, inputs: int, whole: bool, shift: bool, dropout: bool) -> int | None:
+def register_limit(chosen: Plan, inputs: int, whole: bool, shift: bool, more: bool) -> int | None:
     """Return how many registers a thread may have, or None for the compiler's own choice, which is not always wise.
 
     Of 64 a multiprocessor has room for two blocks of 16 warps, of 80 for three of 8: some compute while others wait for
     memory. Limited are those kernels that do not spill then on any architecture (tests/kernels/compile_all.py): what
-    masks, shifts or drops needs more.
+    masks, shifts, drops or adds needs more (more: whether it drops or adds).
     """
     if inputs == 1:
-        return 64 if chosen.num_warps == 16 and whole and not dropout else None
-    return 80 if chosen.one_tile and chosen.num_warps in (4, 8) and not (shift or dropout) else None
+        return 64 if chosen.num_warps == 16 and whole and not more else None
+    return 80 if chosen.one_tile and chosen.num_warps in (4, 8) and not (shift or more) else None
 
 
 def divide(
-    x: Tensor, groups: int, inputs: int = 1, *, shift: bool = False, dropout: bool = False
+    x: Tensor, groups: int, inputs: int = 1, *, shift: bool = False, more: bool = False
 ) -> tuple[Plan, dict[str, Any]]:
     """Return the plan for x [N, C, H, W], and the sizes and options that all these kernels take.
 
-    inputs: as for `plan`. shift, dropout: whether there are such.
+    inputs: as for `plan`. shift, more: as for `register_limit`.
     """
     C, HW = x.shape[1], x.shape[2] * x.shape[3]
     chosen = plan(HW, C, groups, x.element_size(), inputs)
@@ -233,18 +240,21 @@ def divide(
         "BLOCK_P": chosen.block_pixels,
         "WHOLE": whole,
         "num_warps": chosen.num_warps,
-        "maxnreg": register_limit(chosen, inputs, whole, shift, dropout),
+        "maxnreg": register_limit(chosen, inputs, whole, shift, more),
     }
 
 
-def check_inputs(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int) -> None:
-    """Raise ValueError, naming the argument, for what the kernels cannot take."""
+def check_inputs(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, channels: int | None = None
+) -> None:
+    """Raise ValueError, naming the argument, for what the kernels cannot take; channels: all, if x has not all."""
     N, C, _, _ = checks.image_shape("x", x)
     checks.check_images("x", x, x.shape, checks.FLOATS, x.device)
-    if groups < 1 or C % groups:
-        raise ValueError(f"groups is {groups}: it takes a divisor of {C} channels")
-    checks.check_dense("weight", weight, (C,), checks.FLOATS, x.device)
-    checks.check_dense("bias", bias, (C,), checks.FLOATS, x.device)
+    channels = channels or C
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups is {groups}: it takes a divisor of {channels} channels")
+    checks.check_dense("weight", weight, (channels,), checks.FLOATS, x.device)
+    checks.check_dense("bias", bias, (channels,), checks.FLOATS, x.device)
     if shift is not None:
         checks.check("shift", shift, (N, C), checks.FLOATS, x.device)
         if C > 1 and shift.stride(1) != 1:

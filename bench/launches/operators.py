@@ -22,7 +22,7 @@ from bench.launches.record import note, size
 LAUNCHERS = {
     "q_sample": ("q_sample",),
     "noise_mse": ("noise_mse", "noise_mse_backward"),
-    "group_norm_silu": ("group_norm_silu",),
+    "group_norm_silu": ("group_norm_silu", "group_norm_silu_of_sum"),
     "group_norm_silu_backward": ("group_norm_silu_backward",),
     "timestep_embedding": ("timestep_embedding",),
     "reverse_step": ("reverse_step",),

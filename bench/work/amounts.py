@@ -56,7 +56,8 @@ def unet_elements(config: UNetConfig) -> tuple[int, int]:
             weights += sum(tensor.numel() for tensor in module.stacked())
             return
         output = output[0] if isinstance(output, tuple) else output  # a norm may hand its input on, too
-        activations += inputs[0].numel() + output.numel()
+        read = output if isinstance(module, FusedGroupNorm) else inputs[0]  # a norm may join two inputs
+        activations += read.numel() + output.numel()
         weights += sum(parameter.numel() for parameter in module.parameters())
 
     _meta_pass(config, training=False, hook=add)

@@ -15,6 +15,7 @@ import torch
 from bench.timing.clock import Clock
 from ddpm_fast.checks import kernels as check_kernels
 from ddpm_fast.checks.kernels import Case, Inputs, Op
+from ddpm_fast.checks.norms import norms as norms_of
 from ddpm_fast.config import Config
 from ddpm_fast.ops import REFERENCE, fused_ops
 
@@ -90,15 +91,17 @@ OPERATIONS = {
 
 def moved_per_element(case: Case) -> int:
     """Return the bytes that each element of a case's shape costs; backward includes forward."""
-    size = case.dtype.itemsize
+    size, norm = case.dtype.itemsize, case.norm
+    joined = norm is not None and norm.residual and (norm.beside > 0 or norm.added or norm.shift)
     return {
         ("q_sample", ""): 1 + size,  # uint8 images; x_t
         ("noise_mse", "forward"): 1 + size,  # uint8 images and the prediction
         ("noise_mse", "backward"): 2 * (1 + size) + size,  # the same twice, and the gradient
         ("group_norm_silu", "forward"): 2 * size,  # x; y
         ("group_norm_silu", "backward"): 5 * size,  # x; y; x and dy; dx
-        ("group_norm_silu_and_residual", "forward"): 2 * size,
-        ("group_norm_silu_and_residual", "backward"): 6 * size,  # the same, and the gradient past the branch
+        # the same, the gradient past the branch, and what is added up or joined; a second term is left out
+        ("group_norm_silu_and_residual", "forward"): (2 + joined) * size,
+        ("group_norm_silu_and_residual", "backward"): (6 + joined) * size,
         ("timestep_embedding", ""): size,
         # x, read and written, the prediction and, in lower precision, the U-Net's next input
         ("reverse_step", ""): 8 + (4 if case.dtype == torch.float32 else 2 * size),
@@ -119,7 +122,8 @@ def _key(case: Case) -> str:
     norm, backward = case.norm, "-backward" if case.direction == "backward" else ""
     if norm is None:
         return case.op + backward
-    flags = {"shift": norm.shift, "silu": norm.silu, "residual": norm.residual}
+    flags = {"shift": norm.shift, "silu": norm.silu, "residual": norm.residual, "added": norm.added}
+    flags["beside"] = norm.beside > 0
     options = "".join(f"-{name}" for name, present in flags.items() if present)
     return f"group_norm-{norm.channels}x{norm.height}x{norm.width}{options}{backward}"
 
@@ -135,7 +139,7 @@ def builders(
         norms: only so many of the GroupNorms, those that move the most; None is all.
     """
     config = replace(config, unet=replace(config.unet, dropout=0.0))
-    counted = check_kernels.norms(config.unet)
+    counted = norms_of(config.unet) | norms_of(config.unet, sampling=True)
     by_bytes = sorted(counted, key=lambda norm: -counted[norm] * norm.channels * norm.height * norm.width)
     places = {norm: place for place, norm in enumerate(by_bytes[:norms])}
     cases = check_kernels.cases(config, n, clock.device, dtype)

@@ -6,7 +6,6 @@ their magnitudes.
 Shapes: N images, C channels, H x W pixels.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_fast.checks.norms import Norm, norms
 from ddpm_fast.checks.results import CheckResult, judged
-from ddpm_fast.config import Config, UNetConfig
+from ddpm_fast.config import Config
 from ddpm_fast.constants import StepFigures, StepNumbers
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, random_timesteps
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.diffusion.schedule import training_table
-from ddpm_fast.model.blocks import FusedGroupNorm, ResidualGroupNorm
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import REFERENCE, Ops
 from ddpm_fast.ops.reference import Dropout
@@ -42,20 +41,6 @@ Op = Callable[..., Any]
 Inputs = dict[str, Tensor]
 
 
-class Norm(NamedTuple):
-    """A GroupNorm of a U-Net as it is called."""
-
-    channels: int
-    height: int
-    width: int
-    groups: int
-    silu: bool
-    shift: bool
-    dropout: float
-    residual: bool
-    """Whether x goes on to a residual connection as well."""
-
-
 class Case(NamedTuple):
     """One op at one shape."""
 
@@ -72,30 +57,6 @@ class Case(NamedTuple):
     norm: Norm | None = None
 
 
-def norms(config: UNetConfig) -> Counter[Norm]:
-    """Count the different GroupNorms of a U-Net in training, in forward order, by running it without data."""
-    found: Counter[Norm] = Counter()
-
-    def look(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        assert isinstance(module, FusedGroupNorm)
-        x, *rest = arguments
-        shift, dropout = (*rest, None, None)[:2]
-        _, channels, height, width = x.shape
-        probability = 0.0 if dropout is None else dropout.probability
-        options = module.groups, module.silu, shift is not None, probability, isinstance(module, ResidualGroupNorm)
-        found[Norm(channels, height, width, *options)] += 1
-
-    with torch.device("meta"):
-        unet = UNet(config)
-        for module in unet.modules():
-            if isinstance(module, FusedGroupNorm):
-                module.register_forward_pre_hook(look)
-        one = torch.zeros(1, dtype=torch.int64)
-        x = torch.zeros(1, config.image_channels, config.height, config.width)
-        unet(x, one, NoiseAddress(torch.zeros(2, dtype=torch.int64), one))
-    return found
-
-
 def _largest(results: Sequence[Tensor]) -> list[float]:
     return [float(result.abs().max()) for result in results]
 
@@ -103,8 +64,7 @@ def _largest(results: Sequence[Tensor]) -> list[float]:
 def _largest_with_shift(results: Sequence[Tensor]) -> list[float]:
     """Return the scales of dx, dweight, dbias and dshift, which is a sum of dx over pixels that nearly cancels."""
     scales = _largest(results)
-    if len(results) > 3:
-        scales[3] = float(results[0].abs().sum((2, 3)).max())
+    scales[3] = float(results[0].abs().sum((2, 3)).max())
     return scales
 
 
@@ -218,6 +178,7 @@ def _update_cases(config: Config, device: torch.device, dtype: torch.dtype) -> I
 def _norm_cases(norm: Norm, images: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Yield group_norm_silu, or its form for residual branches, forward and backward."""
     shape, channels = (images, norm.channels, norm.height, norm.width), norm.channels
+    first = (images, channels - norm.beside, norm.height, norm.width)
     options: dict[str, Any] = {"groups": norm.groups, "silu": norm.silu}
     if norm.dropout:
         index = torch.arange(images, device=device)
@@ -225,9 +186,19 @@ def _norm_cases(norm: Norm, images: int, device: torch.device, dtype: torch.dtyp
     gradients = ("dy", "other") if norm.residual else ("dy",)
 
     def forward_inputs() -> Inputs:
-        weight, bias = 1 + 0.1 * _normal((channels,), device, 1), 0.1 * _normal((channels,), device, 2)
-        shift = {"shift": _normal((images, channels), device, 3).to(dtype)} if norm.shift else {}
-        return {"x": _maps(shape, device, 0).to(dtype), "weight": weight, "bias": bias, **shift}
+        parameters = {
+            "weight": 1 + 0.1 * _normal((channels,), device, 1),
+            "bias": 0.1 * _normal((channels,), device, 2),
+        }
+        more = {}
+        if norm.shift:
+            more["shift"] = _normal(first[:2], device, 3)
+        if norm.added:
+            more["added"] = _maps(first, device, 6)
+        if norm.beside:
+            more["beside"] = _maps((images, norm.beside, norm.height, norm.width), device, 7)
+        more = {name: value.to(dtype) for name, value in more.items()}
+        return {"x": _maps(first, device, 0).to(dtype), **parameters, **more}
 
     def backward_inputs() -> Inputs:
         random = {name: _maps(shape, device, 4 + place).to(dtype) for place, name in enumerate(gradients)}
@@ -246,7 +217,9 @@ def _norm_cases(norm: Norm, images: int, device: torch.device, dtype: torch.dtyp
     name = "group_norm_silu_and_residual" if norm.residual else "group_norm_silu"
     case = partial(Case, name, norm=norm, shape=shape, dtype=dtype)
     yield case("forward", make=forward_inputs, run=normalize, scales=_largest)
-    yield case("backward", make=backward_inputs, run=differentiate, scales=_largest_with_shift)
+    if not (norm.added or (norm.residual and norm.shift)):  # which are in sampling alone
+        scales = _largest_with_shift if norm.shift else _largest
+        yield case("backward", make=backward_inputs, run=differentiate, scales=scales)
 
 
 def cases(config: Config, images: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -254,7 +227,7 @@ def cases(config: Config, images: int, device: torch.device, dtype: torch.dtype)
     yield from _training_cases(config, images, device, dtype)
     yield from _sampling_cases(config, images, device, dtype)
     yield from _update_cases(config, device, dtype)
-    for norm in norms(config.unet):
+    for norm in norms(config.unet) | norms(config.unet, sampling=True):
         yield from _norm_cases(norm, images, device, dtype)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_fast.diffusion.noise import NoiseAddress
+from ddpm_fast.model.sums import ConvBeforeNorm, FeatureMap, Sum, value_of
 from ddpm_fast.ops import REFERENCE
 from ddpm_fast.ops.reference import Dropout
 
@@ -41,9 +42,16 @@ class FusedGroupNorm(nn.Module):
 class ResidualGroupNorm(FusedGroupNorm):
     """The norm at the head of a residual branch; see `reference.group_norm_silu_and_residual`."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the branch's input, and x for the connection past the branch."""
-        return self.ops.group_norm_silu_and_residual(x, self.weight, self.bias, self.groups, silu=self.silu)
+    def forward(self, x: FeatureMap, skip: FeatureMap | None = None) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the branch's input, and x, with the skip connection's channels, for the connection past the branch."""
+        options = {"silu": self.silu, "beside": None if skip is None else value_of(skip)}
+        if not isinstance(x, Sum) or x.value is not None:
+            x = value_of(x)
+            return self.ops.group_norm_silu_and_residual(x, self.weight, self.bias, self.groups, **options)
+        options |= {"added": x.added, "shift": x.shift}
+        y, value = self.ops.group_norm_silu_and_residual(x.x, self.weight, self.bias, self.groups, **options)
+        x.value = value if skip is None else None  # which skip connections read
+        return y, value
 
 
 class ConvBeforeShift(nn.Conv2d):
@@ -69,15 +77,30 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
         self.dropout = dropout
         self.layer = 0  # this block's number in forward order, dropout's address; set by the U-Net
+        self.sum_bias: nn.Parameter | None = None  # of both terms that the block ends with, if it leaves them apart
 
-    def forward(self, x: Tensor, shift: Tensor, dropout_address: NoiseAddress | None = None) -> Tensor:
-        """Transform x [N, C, H, W] given this block's shift [N, C_out] of `UNet.time_shifts`."""
+    def leave_sums(self) -> None:
+        """Return the last sum as its terms from now on, the convolutions' biases as a term of their own."""
+        layers = [layer for layer in (self.conv2, self.conv_shortcut) if layer is not None]
+        self.sum_bias = nn.Parameter(torch.stack([layer.bias for layer in layers if layer.bias is not None]).sum(0))
+        for layer in layers:
+            layer.bias = None
+
+    def forward(
+        self,
+        x: FeatureMap,
+        shift: Tensor,
+        dropout_address: NoiseAddress | None = None,
+        skip: FeatureMap | None = None,
+    ) -> FeatureMap:
+        """Transform x [N, C, H, W] given this block's shift [N, C_out] of `UNet.time_shifts`, and a skip connection."""
         dropout = None
         if dropout_address is not None and self.dropout > 0:
             dropout = Dropout(self.dropout, *dropout_address, self.layer)
-        h, x = self.norm1(x)
+        h, past = self.norm1(x, skip)
         h = self.conv2(self.norm2(self.conv1(h), shift, dropout))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        past = past if self.conv_shortcut is None else self.conv_shortcut(past)
+        return h + past if self.sum_bias is None else Sum(h, past, self.sum_bias)
 
 
 class Attention(nn.Module):
@@ -91,6 +114,11 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.frozen: nn.Linear | None = None  # the three in one
+        self.leaves_sums = False
+
+    def leave_sums(self) -> None:
+        """Return the last sum as its terms from now on."""
+        self.leaves_sums = True
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """Return the weights [3 * C, C] and biases [3 * C] of q, k and v, one below the other: one product for all."""
@@ -107,20 +135,20 @@ class Attention(nn.Module):
         """The output projection; a list of one in the checkpoint's names."""
         return cast(nn.Linear, self.to_out[0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        h, x = self.group_norm(x)
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        h, past = self.group_norm(x)
+        height, width = h.shape[2:]
         pixels = h.flatten(2).transpose(1, 2)  # [N, H*W, C]
         qkv = F.linear(pixels, *self.stacked()) if self.frozen is None else self.frozen(pixels)
         q, k, v = qkv[:, None].chunk(3, dim=3)
         mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # scale C^-0.5
         h = self.output(mixed).transpose(1, 2).unflatten(2, (height, width))
-        return x + h
+        return Sum(h, past) if self.leaves_sums else past + h
 
 
 def constant(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
     """Return the layer, which was made on no device, with these weights for good."""
-    layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}), assign=True)
     return layer.requires_grad_(False)
 
 
@@ -129,10 +157,10 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = ConvBeforeNorm(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        return self.conv(F.pad(value_of(x), (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -144,7 +172,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, transposed: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = ConvBeforeNorm(channels, channels, 3, padding=1)
         self.transposed = transposed
         self.frozen: nn.ConvTranspose2d | None = None
 
@@ -152,12 +180,15 @@ class Upsample(nn.Module):
         """Add the weights up once, in their own precision, instead of in every call."""
         if self.transposed:
             channels = self.conv.in_channels
-            layer = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1, device="meta")
-            self.frozen = constant(layer, added_up(self.conv.weight), self.conv.bias)
+            layer = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1, bias=False, device="meta")
+            self.frozen = constant(layer, added_up(self.conv.weight), None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        x = value_of(x)
         if self.frozen is not None:
-            return self.frozen(x)
+            if self.conv.leaves_sums:
+                return Sum(self.frozen(x), bias=self.conv.bias)
+            return F.conv_transpose2d(x, self.frozen.weight, self.conv.bias, stride=2, padding=1)
         if self.transposed and len(x) * x.shape[2] * x.shape[3] >= FEWEST_PIXELS:
             return F.conv_transpose2d(x, added_up(self.conv.weight), self.conv.bias, stride=2, padding=1)
         # Not F.interpolate: compiled, its gradient is atomic additions in any order, and comes back as NCHW.
@@ -224,7 +255,9 @@ class MiddleBlock(nn.Module):
         self.attentions = nn.ModuleList([attention])
         self.resnets = BlockList(blocks)
 
-    def forward(self, x: Tensor, shifts: Iterator[Tensor], dropout_address: NoiseAddress | None = None) -> Tensor:
+    def forward(
+        self, x: FeatureMap, shifts: Iterator[Tensor], dropout_address: NoiseAddress | None = None
+    ) -> FeatureMap:
         first, second = self.resnets
         x = first(x, next(shifts), dropout_address)
         return second(self.attentions[0](x), next(shifts), dropout_address)

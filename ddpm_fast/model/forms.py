@@ -13,3 +13,9 @@ class Forms:
 
     transposed_upsampling: bool = True
     """Upsample by a transposed convolution of 4x4, instead of repeating pixels before one of 3x3."""
+
+    sums_left_to_norms: bool = True
+    """In sampling with kernels, have GroupNorm add up and join what it reads, instead of a pass of its own before it.
+
+    Of 173 launches and 12.9 GB of a step at batch 256 of cifar10 that saves 25 and 1.0 GB, and costs registers: where a
+    norm of 16 warps has two terms, one block at a time has room on a multiprocessor, instead of two."""

@@ -24,6 +24,7 @@ from ddpm_fast.model.blocks import (
     xavier_uniform,
 )
 from ddpm_fast.model.forms import Forms
+from ddpm_fast.model.sums import ConvBeforeNorm, value_of
 from ddpm_fast.ops import REFERENCE, Ops
 
 
@@ -47,7 +48,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config, self.forms = config, forms or Forms()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
-        self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
+        self.conv_in = ConvBeforeNorm(config.image_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(config.channels)
         down, skips = self._build_down(widths)
         self.down_blocks = LevelList(down)
@@ -141,9 +142,12 @@ class UNet(nn.Module):
     @torch.no_grad()
     def freeze(self) -> "UNet":
         """Compute once what follows from the weights alone: from now on they must not change."""
+        leaves_sums = self.ops.fused and self.forms.sums_left_to_norms  # a compiler adds up in passing, too
         for module in self.modules():
             if isinstance(module, Attention | Upsample):
                 module.freeze()
+            if leaves_sums and isinstance(module, Attention | ConvBeforeNorm | ResBlock):
+                module.leave_sums()
         return self.requires_grad_(False).eval()
 
     def time_shifts(self, t: Tensor) -> Tensor:
@@ -188,7 +192,7 @@ class UNet(nn.Module):
 
         for level in self.up_blocks:
             for block, attention in level.blocks():
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), next(shifts), dropout_address))
+                h = attention(block(h, next(shifts), dropout_address, skips.pop()))
             if level.has_resize:
                 h = level.upsamplers[0](h)
-        return self.conv_out(self.conv_norm_out(h))
+        return self.conv_out(self.conv_norm_out(value_of(h)))

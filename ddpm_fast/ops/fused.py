@@ -23,6 +23,7 @@ Q_SAMPLE = custom_op("ddpm_fast::q_sample", q_sample.q_sample, mutates_args=())
 NOISE_MSE = custom_op("ddpm_fast::noise_mse", noise_mse.noise_mse, mutates_args=())
 NOISE_MSE_BACKWARD = custom_op("ddpm_fast::noise_mse_backward", noise_mse.noise_mse_backward, mutates_args=())
 GROUP_NORM_SILU = custom_op("ddpm_fast::group_norm_silu", norm.group_norm_silu, mutates_args=())
+GROUP_NORM_SILU_OF_SUM = custom_op("ddpm_fast::group_norm_silu_of_sum", norm.group_norm_silu_of_sum, mutates_args=())
 GROUP_NORM_SILU_BACKWARD = custom_op(
     "ddpm_fast::group_norm_silu_backward", norm_backward.group_norm_silu_backward, mutates_args=()
 )
@@ -64,6 +65,15 @@ NOISE_MSE.register_autograd(_differentiate_noise_mse, setup_context=_save_noise_
 def _(x: Tensor, *rest: Tensor | None, groups: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty(len(x), groups, dtype=torch.float32) for _ in range(2))
     return torch.empty_like(x, memory_format=NHWC), mean, rstd
+
+
+@GROUP_NORM_SILU_OF_SUM.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor | None, groups: int, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(len(x), groups, dtype=torch.float32) for _ in range(2))
+    h = x.new_empty(len(x), x.shape[2], x.shape[3], len(weight)).permute(0, 3, 1, 2)
+    return torch.empty_like(h), h, mean, rstd
 
 
 @GROUP_NORM_SILU_BACKWARD.register_fake
@@ -115,24 +125,50 @@ class _GroupNormSiluAndResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, options: dict[str, Any], eps: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor | None,
+        added: Tensor | None,
+        beside: Tensor | None,
+        options: dict[str, Any],
+        eps: float,
     ) -> tuple[Tensor, Tensor]:
-        y, mean, rstd = GROUP_NORM_SILU(x, weight, bias, **options, eps=eps)
-        ctx.save_for_backward(mean, rstd, x, weight, bias)
-        ctx.options = options
-        return y, x
+        if shift is None and added is None and beside is None:
+            (y, *statistics), h = GROUP_NORM_SILU(x, weight, bias, **options, eps=eps), x
+        else:
+            y, h, *statistics = GROUP_NORM_SILU_OF_SUM(x, weight, bias, shift, added, beside, **options, eps=eps)
+        ctx.save_for_backward(*statistics, h, weight, bias)
+        ctx.options, ctx.channels = options, x.shape[1]
+        return y, h
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dy, other = (gradient.contiguous(memory_format=NHWC) for gradient in grad_outputs)
-        return *GROUP_NORM_SILU_BACKWARD(dy, *ctx.saved_tensors, other=other, **ctx.options), None, None
+        dh, dweight, dbias = GROUP_NORM_SILU_BACKWARD(dy, *ctx.saved_tensors, other=other, **ctx.options)
+        _, _, _, for_shift, for_added, for_beside, *_ = ctx.needs_input_grad
+        dx = dh[:, : ctx.channels]
+        dshift = dx.sum((2, 3), dtype=torch.float32) if for_shift else None
+        beyond = dh[:, ctx.channels :] if for_beside else None
+        return dx, dweight, dbias, dshift, dx if for_added else None, beyond, None, None
 
 
 def _group_norm_silu_and_residual(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, silu: bool = True, eps: float = GROUP_NORM_EPS
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    shift: Tensor | None = None,
+    added: Tensor | None = None,
+    beside: Tensor | None = None,
+    silu: bool = True,
+    eps: float = GROUP_NORM_EPS,
 ) -> tuple[Tensor, Tensor]:
-    y, x = _GroupNormSiluAndResidual.apply(x, weight, bias, {"groups": groups, "silu": silu}, eps)
-    return y, x
+    options = {"groups": groups, "silu": silu}
+    y, h = _GroupNormSiluAndResidual.apply(x, weight, bias, shift, added, beside, options, eps)
+    return y, h
 
 
 def _reverse_step(*given: Tensor, x0: Tensor | None = None, model_input: Tensor | None = None, **named: Any) -> None:

@@ -156,14 +156,27 @@ def group_norm_silu(
 
 
 def group_norm_silu_and_residual(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, silu: bool = True, eps: float = GROUP_NORM_EPS
-) -> tuple[Tensor, Tensor]:
-    """Compute `group_norm_silu` at the head of a residual branch: return y, and x for the connection past the branch.
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, shift: Tensor | None = None, added: Tensor | None = None,
+    beside: Tensor | None = None, silu: bool = True, eps: float = GROUP_NORM_EPS,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute `group_norm_silu` of h at the head of a residual branch: return y, and h for the connection past it.
 
-    x then has two gradients to be added, one through y and one from past the branch: an op that hands out both y and x
-    gets both, and a kernel adds the second while it writes the first. Arguments: as for `group_norm_silu`.
+    h = x + added + shift, and beside its channels those of `beside`: what the branch before ends with, and a skip
+    connection. A kernel reads them anyway, so it adds up and joins; and h has two gradients to be added, one through y
+    and one from past the branch: a kernel adds the second while it writes the first.
+
+    Args:
+        x, shift, groups, silu, eps: as for `group_norm_silu`; weight and bias are those of all channels of h.
+        added: like x.
+        beside: [N, B, H, W], otherwise like x.
+
+    Returns:
+        y and h [N, C + B, H, W], like x.
     """
-    return group_norm_silu(x, weight, bias, groups, silu=silu, eps=eps), x
+    terms = [term for term in (added, None if shift is None else shift[:, :, None, None]) if term is not None]
+    h = sum(terms, x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype) if terms else x
+    h = h if beside is None else torch.cat([h, beside], dim=1)
+    return group_norm_silu(h, weight, bias, groups, silu=silu, eps=eps), h
 
 
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -241,21 +254,10 @@ def ema_decay_at(step: Tensor, ema_decay: float) -> Tensor:
 
 
 def adam_ema(
-    weights: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    ema: Tensor,
-    gradient: Tensor,
-    loss: Tensor,
-    numbers: Tensor,
-    figures: Tensor,
-    low_precision: Tensor | None,
-    *,
-    learning_rate: float,
-    warmup_steps: int,
-    clip_norm: float,
-    ema_decay: float,
-) -> None:
+    weights: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor, gradient: Tensor, loss: Tensor, numbers: Tensor,
+    figures: Tensor, low_precision: Tensor | None,
+    *, learning_rate: float, warmup_steps: int, clip_norm: float, ema_decay: float,
+) -> None:  # fmt: skip
     """Take Adam's n-th step with a clipped gradient, and let the average follow, in place (Kingma and Ba 2015, Alg. 1).
 
     g = gradient / max(|gradient| / clip_norm, 1);  m = beta1*m + (1 - beta1)*g;  v = beta2*v + (1 - beta2)*g^2;

@@ -28,7 +28,7 @@ from bench.work.scenarios import (
     variants,
     with_image_size,
 )
-from ddpm_fast.checks.kernels import norms
+from ddpm_fast.checks.norms import norms
 from ddpm_fast.engine.sampling import SamplingLoop
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.model.unet import UNet

@@ -97,7 +97,7 @@ def an_average_that_never_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def blocks_that_add_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = blocks.ResBlock.forward
+    forward: Callable[..., Any] = blocks.ResBlock.forward
     monkeypatch.setattr(blocks.ResBlock, "forward", lambda self, *arguments: 1.1 * forward(self, *arguments))
 
 

@@ -11,8 +11,8 @@ import torch
 from compile_all import CONFIGS, Launch, Specialisation, record, specialise
 from torch import Tensor
 
-from ddpm_fast.checks.kernels import Norm, norms
-from ddpm_fast.kernels.group_norm_silu import group_norm_silu
+from ddpm_fast.checks.norms import Norm, norms
+from ddpm_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_of_sum
 from ddpm_fast.kernels.group_norm_silu_backward import group_norm_silu_backward
 
 
@@ -27,19 +27,26 @@ def launches(norm: Norm, images: int, dtype: torch.dtype, training: bool) -> Ite
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x = empty(images, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
+    def images_of(channels: int) -> Tensor:
+        return empty(images, H, W, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+    x, h = images_of(C - norm.beside), images_of(C)
     # A block's shifts are a slice of those of all blocks, a row an image in training, one row for all in sampling.
-    shifts = empty(images if training else 1, 2 * C, dtype=dtype)[:, C:].expand(images, -1)
+    shifts = empty(images if training else 1, 2 * C, dtype=dtype)[:, C : 2 * C - norm.beside].expand(images, -1)
     shift = shifts if norm.shift else None
     options: dict[str, Any] = {"groups": norm.groups, "silu": norm.silu}
     if training and norm.dropout:
         options |= {"key": words(2), "sample_index": words(images), "probability": norm.dropout, "layer": 1}
-    inputs = x, empty(C), empty(C), shift
-    yield from record(group_norm_silu, *inputs, **options)
+    inputs = empty(C), empty(C), shift
+    if norm.residual and (norm.shift or norm.added or norm.beside):
+        terms = x if norm.added else None, images_of(norm.beside) if norm.beside else None
+        yield from record(group_norm_silu_of_sum, x, *inputs, *terms, **options)
+    else:
+        yield from record(group_norm_silu, x, *inputs, **options)
     if training:
         statistics = empty(images, norm.groups), empty(images, norm.groups)
-        other = {"other": x} if norm.residual else {}
-        yield from record(group_norm_silu_backward, x, *statistics, *inputs, **options, **other)
+        other = {"other": h} if norm.residual else {}
+        yield from record(group_norm_silu_backward, h, *statistics, h, *inputs, **options, **other)
 
 
 PASSES = {"statistics_kernel": 2, "sums_kernel": 2}
@@ -57,9 +64,10 @@ def expected(launch: Launch) -> tuple[int, int]:
         return 0, 0
     # One read where a tile is all, or all that is left to do; else the first tile, and two loops.
     passes = PASSES.get(name) or (1 if given["ONE"] or given["SLICES"] > 1 else 3)
-    read = [tensor for tensor in ("x", "dy") if given.get(tensor) is not None]
+    read = [tensor for tensor in ("x", "added", "beside", "dy") if given.get(tensor) is not None]
     once = given.get("other") is not None  # what is added to dx
-    return share * (passes * len(read) + once), 0 if name in PASSES else share
+    written = 0 if name in PASSES else 1 + (given.get("h") is not None)
+    return share * (passes * len(read) + once), share * written
 
 
 def describe(norm: Norm, dtype: torch.dtype, training: bool) -> str:
@@ -68,6 +76,8 @@ def describe(norm: Norm, dtype: torch.dtype, training: bool) -> str:
         *(["dropout"] if norm.dropout and training else []),
         *([] if norm.silu else ["no SiLU"]),
         *(["residual"] if norm.residual and training else []),
+        *(["sum"] if norm.added else []),
+        *([f"{norm.beside} beside"] if norm.beside else []),
     ]
     kind = str(dtype).removeprefix("torch.")
     return f"{norm.channels}x{norm.height}x{norm.width} {kind} {' '.join(options)}".rstrip()
@@ -76,6 +86,7 @@ def describe(norm: Norm, dtype: torch.dtype, training: bool) -> str:
 def specialisations() -> Iterator[Specialisation]:
     for config in {config.unet: config for config in CONFIGS}.values():
         batch = config.training.batch_size // config.training.accumulate
-        for norm, dtype, training in product(norms(config.unet), (torch.float32, torch.bfloat16), (True, False)):
-            for launch in launches(norm, batch, dtype, training):
-                yield specialise(launch, describe(norm, dtype, training), *expected(launch))
+        for dtype, training in product((torch.float32, torch.bfloat16), (True, False)):
+            for norm in norms(config.unet, sampling=not training):
+                for launch in launches(norm, batch, dtype, training):
+                    yield specialise(launch, describe(norm, dtype, training), *expected(launch))

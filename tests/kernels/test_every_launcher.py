@@ -14,7 +14,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 from ddpm_fast.kernels.adam_ema import adam_ema  # noqa: E402
-from ddpm_fast.kernels.group_norm_silu import group_norm_silu  # noqa: E402
+from ddpm_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_of_sum  # noqa: E402
 from ddpm_fast.kernels.group_norm_silu_backward import group_norm_silu_backward  # noqa: E402
 from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_backward  # noqa: E402
 from ddpm_fast.kernels.q_sample import q_sample  # noqa: E402
@@ -36,6 +36,11 @@ LAUNCHERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]]
         group_norm_silu,
         ("x", "weight", "bias", "shift", "key", "sample_index"),
         DROPPING,
+    ),
+    "group_norm_silu_of_sum": (
+        group_norm_silu_of_sum,
+        ("x", "weight", "bias", "shift", "added", "beside"),
+        {"groups": G},
     ),
     "group_norm_silu_backward": (
         group_norm_silu_backward,
@@ -67,6 +72,8 @@ SIZES = {
     "mean": (N, G), "rstd": (N, G), "weights": (P,), "exp_avg": (P,), "exp_avg_sq": (P,), "ema": (P,),
     "gradient": (P,), "low_precision": (P,), "loss": (), "figures": (3,),
 }  # fmt: skip
+OF_SUM = {"x": 5, "added": 5, "beside": 3}
+"""Channels of the maps that `group_norm_silu_of_sum` adds up and joins to C."""
 WORDS = {"t": (N,), "sample_index": (N,), "key": (2,), "step": (1,)}
 EVERY_TENSOR = [(launcher, name) for launcher, (_, names, _) in LAUNCHERS.items() for name in names]
 
@@ -78,9 +85,11 @@ def make(launcher: str, name: str, device: str) -> Tensor:
         return torch.tensor([3, 2, -1, 1], device=device)  # no bad step yet
     if name in WORDS:
         return torch.randint(0, 9, WORDS[name], generator=generator).to(device)
+    of_sum = launcher == "group_norm_silu_of_sum"
     if name in SIZES:
-        return torch.rand(SIZES[name], generator=generator).to(device)
-    channels = C if launcher.startswith("group_norm") else 3
+        size = (N, OF_SUM["x"]) if of_sum and name == "shift" else SIZES[name]
+        return torch.rand(size, generator=generator).to(device)
+    channels = OF_SUM[name] if of_sum else C if launcher.startswith("group_norm") else 3
     return torch.rand(N, H, W, channels, generator=generator).to(device).permute(0, 3, 1, 2)
 
 

@@ -46,7 +46,7 @@ def test_several_blocks_share_a_multiprocessor(channels: int) -> None:
 
     largest = options(32)
     assert (largest["num_warps"], largest["maxnreg"], largest["WHOLE"]) == (16, 64, True)
-    assert options(32, dropout=True)["maxnreg"] is None
+    assert options(32, more=True)["maxnreg"] is None
     assert options(28)["maxnreg"] is None  # masked: 784 pixels in a tile of 1,024
     assert [options(16, inputs=2)[name] for name in ("num_warps", "maxnreg")] == [8, 80]
     assert options(16, inputs=2, shift=True)["maxnreg"] is None

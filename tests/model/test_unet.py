@@ -13,7 +13,9 @@ from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.model import blocks
 from ddpm_fast.model.blocks import FEWEST_PIXELS, Upsample
 from ddpm_fast.model.forms import Forms
+from ddpm_fast.model.sums import Sum, value_of
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.ops import REFERENCE
 from ddpm_fast.presets import PRESETS
 
 CONFIGS = {
@@ -195,6 +197,30 @@ def test_a_frozen_unet_computes_the_same(name, transposed):
     expected = plain(x, t).detach()
     with torch.no_grad():
         assert relative(frozen(x, t), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_frozen_unet_whose_norms_add_up_computes_the_same(name, left, transposed):
+    """By the reference, which adds up, too: all that is left out in one place is there in another."""
+    plain = randomized(CONFIGS[name])
+    frozen = UNet(CONFIGS[name], Forms(transposed_upsampling=transposed, sums_left_to_norms=left))
+    frozen.load_state_dict(plain.state_dict())
+    frozen.use(dataclasses.replace(REFERENCE, fused=True)).freeze()
+    assert all((block.sum_bias is None) != left for block in frozen.res_blocks())
+    x, t = batch(CONFIGS[name])
+    with torch.no_grad():
+        assert relative(frozen(x, t), plain(x, t)) < 1e-5
+
+
+def test_a_sum_is_what_its_terms_add_up_to():
+    x, added, bias = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(3)
+    assert value_of(x) is x
+    terms = Sum(x, added, bias)
+    torch.testing.assert_close(value_of(terms), x + added + bias[:, None, None])
+    assert value_of(terms) is value_of(terms)
+    assert torch.equal(value_of(Sum(x)), x)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -58,6 +58,15 @@ def norm(shift: bool, dropout: bool) -> dict[str, Any]:
     return arguments | {"dropout": reference.Dropout(0.3, *address(2), 2) if dropout else None, "groups": 4}
 
 
+def sum_of(*terms: str) -> dict[str, Tensor]:
+    """Return what group_norm_silu_and_residual adds up and joins: 8 channels, and 4 beside them if asked for."""
+    generator, channels = torch.Generator().manual_seed(2), 12 if "beside" in terms else 8
+    weight, bias, shift = (torch.randn(size, generator=generator) for size in (channels, channels, (2, 8)))
+    more = {"shift": shift, "added": maps(2, 8, 4, 4).flip(0), "beside": maps(2, 4, 4, 4)}
+    given = {"x": maps(2, 8, 4, 4), "weight": weight, "bias": bias} | {name: more[name] for name in terms}
+    return {name: value.to(DEVICE).requires_grad_() for name, value in given.items()}
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_registration_of_the_ops_on_images(channels: int) -> None:
     arguments = training(channels)
@@ -100,6 +109,26 @@ def test_registration_of_group_norm_silu(shift: bool, dropout: bool) -> None:
     arguments = (maps(2, 8, 4, 4), *statistics, *plain, key, sample_index)
     for other in (None, maps(2, 8, 4, 4)):
         opcheck(fused.GROUP_NORM_SILU_BACKWARD, (*arguments, other), options, test_utils=ALL)
+
+
+@pytest.mark.parametrize("terms", [(), ("shift",), ("added",), ("beside",), ("shift", "added", "beside")], ids=str)
+def test_registration_of_group_norm_silu_of_sum(terms: tuple[str, ...]) -> None:
+    given = {name: value.detach() for name, value in sum_of(*terms).items()}
+    found = opcheck(fused.GROUP_NORM_SILU_OF_SUM, (), {**given, "groups": 4}, test_utils=ALL)
+    assert set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("terms", [("shift",), ("added",), ("beside",), ("shift", "added", "beside")], ids=str)
+def test_gradients_reach_every_term_of_a_sum(terms: tuple[str, ...]) -> None:
+    given = sum_of(*terms)
+    towards = [maps(2, len(given["weight"]), 4, 4, last=False), maps(2, len(given["weight"]), 4, 4).square()]
+
+    def results(form: ops.Ops) -> list[Tensor]:
+        found = form.group_norm_silu_and_residual(**given, groups=4)
+        return [*found, *torch.autograd.grad(found, list(given.values()), towards)]
+
+    for ours, theirs in zip(results(FUSED), results(REFERENCE), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(("shift", "dropout"), [(False, False), (True, True)])
@@ -188,7 +217,8 @@ def test_a_unet_with_kernels_is_exported_with_gradients_and_dropout():
     inputs = maps(2, 3, 4, 4), torch.tensor([3, 5], device=DEVICE), NoiseAddress(*address(2))
     exported = torch.export.export(unet, inputs)
     called = {str(node.target) for node in exported.graph.nodes if "ddpm_fast" in str(node.target)}
-    assert called == {"ddpm_fast.group_norm_silu.default", "ddpm_fast.timestep_embedding.default"}
+    named = ("group_norm_silu", "group_norm_silu_of_sum", "timestep_embedding")
+    assert called == {f"ddpm_fast.{name}.default" for name in named}
     torch.testing.assert_close(exported.module()(*inputs), unet(*inputs))
 
 
