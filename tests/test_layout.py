@@ -13,23 +13,10 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ENGINE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "kernels"]
 OURS = [*ENGINE, *KERNELS, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 
-ROOMS = [
-    "errors",
-    "constants",
-    "config",
-    "options",
-    "presets",
-    "files",
-    "textbook",
-    "diffusion",
-    "ops",
-    "model",
-    "engine",
-    "runs",
-]
-ROOMS += ["checks", "api", "cli", "__main__", "__init__"]
+ROOMS = ["errors", "constants", "config", "options", "presets", "files", "progress", "textbook", "diffusion", "ops"]
+ROOMS += ["model", "engine", "runs", "checks", "api", "cli", "__main__", "__init__"]
 """From left to right: a room imports itself and what is left of it."""
-DATA = {"data", "errors", "config", "files", "diffusion.noise"}
+DATA = {"data", "errors", "config", "files", "progress", "diffusion.noise"}
 """What the room `data` imports; the engine and what is right of it may import data."""
 
 

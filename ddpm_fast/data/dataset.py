@@ -21,13 +21,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from ddpm_fast.config import DataConfig, UNetConfig
 from ddpm_fast.data.arrays import read_array
 from ddpm_fast.data.image_files import Unusable, decode, fit, is_picture
 from ddpm_fast.errors import InputError, nearest
 from ddpm_fast.files import cache_directory, whole
+from ddpm_fast.progress import Progress
 
 Result = TypeVar("Result")
 
@@ -139,11 +139,19 @@ def _build(key: str, count: int, shape: tuple[int, int, int], fill: Callable[[ND
 
 def _in_parallel(what: str, work: Callable[[int], Result], count: int, progress: bool) -> list[Result]:
     """Return work(0) .. work(count - 1)."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as workers:
+    results = list[Result]()
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(os.cpu_count()) as workers,
+        Progress(what, count, "image", progress) as shown,
+    ):
         # Filters belong to the process: without this one around all threads, a thread that restores its own would
         # let another's decompression bomb through. Its pattern keeps `decode`'s filter from replacing it.
         warnings.filterwarnings("error", message=".*", category=Image.DecompressionBombWarning)
-        return list(tqdm(workers.map(work, range(count)), total=count, unit="image", desc=what, disable=not progress))
+        for result in workers.map(work, range(count)):
+            results.append(result)
+            shown.advance()
+    return results
 
 
 def _open_array(path: Path, shape: tuple[int, int, int], data: DataConfig, progress: bool) -> Dataset:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm_fast.constants import SAMPLER_COLUMN
 from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
@@ -23,6 +22,7 @@ from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, InFlight, Wor
 from ddpm_fast.engine.execution import EAGER, Execution
 from ddpm_fast.errors import MathematicsError
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.progress import Progress
 
 GRAPH_STEPS = 20
 """Steps in the replayed graph: few launches, and few nodes (some 10 KB of memory each). Not tuned on a GPU yet."""
@@ -253,10 +253,17 @@ def sample(
     loop: SamplingLoop,
     images: ImageRange,
     largest_batch: int = 64,
-    progress: bool = False,
+    progress: bool | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Make images of a seed, in equal batches.
+
+    Args:
+        loop: of the sampler.
+        images: which.
+        largest_batch: images made at once.
+        progress: show a bar, or say a line now and then; None for neither.
+        on_step: see `SamplingLoop.run`.
 
     Returns:
         [count, C, H, W] float32 on the CPU.
@@ -266,16 +273,16 @@ def sample(
     """
     key, batches, made = key_from_seed(images.seed, loop.device), images.batches(largest_batch), []
     total = len(loop.rows) * len(batches)
-    desc = "compiling, then sampling" if loop.execution.compiled else "sampling"
-    with tqdm(total=total, unit="step", desc=desc, disable=not progress, leave=False) as bar:
+    what = "compiling, then sampling" if loop.execution.compiled else "sampling"
+    with Progress(what, total, "step", progress, leave=False) as shown:
 
         def advance(steps: int) -> None:
-            bar.set_description("sampling", refresh=False)
-            bar.update(steps)
+            shown.rename("sampling")
+            shown.advance(steps)
 
         for sample_index in batches:
             address = NoiseAddress(key, sample_index.to(loop.device))
-            made.append(loop.run(address, on_step, advance if progress else None).cpu())
+            made.append(loop.run(address, on_step, advance).cpu())
     x = torch.cat(made)[: images.count]
     if not torch.isfinite(x).all():
         raise MathematicsError("a sampled value is not finite: the weights are broken, or bf16 overflowed")

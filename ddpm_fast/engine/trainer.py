@@ -115,6 +115,15 @@ class Trainer:
         assert total is not None
         return total
 
+    def compile(self) -> None:
+        """Have compilers do their work in a pass whose gradients are thrown away: nothing that a step reads changes."""
+
+        def work() -> None:
+            self.backward()
+
+        self.load_batch()
+        self.graphs.warm_up(work) if self.graphs else work()
+
     def train_step_no_sync(self) -> None:
         """Take one optimizer step. After the first loss or gradient that is not finite, no step changes a weight."""
         self.load_batch()
@@ -132,9 +141,13 @@ class Trainer:
         """Do all of a step's work on the device (Algorithm 1, lines 2 to 5); what is captured."""
         self.flat.update(self.backward(), self.config.training)
 
+    def mean_loss(self) -> float:
+        """Return the mean loss since it was last read, without reading it. Waits for the device."""
+        return float(self.figures.loss_sum.double() / self.numbers.loss_steps)
+
     def read_loss(self) -> float:
         """Return the mean loss since it was last read. Waits for the device."""
-        mean = float(self.figures.loss_sum.double() / self.numbers.loss_steps)
+        mean = self.mean_loss()
         self.figures.loss_sum.zero_()
         self.numbers.loss_steps.zero_()
         return mean

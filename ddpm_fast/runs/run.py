@@ -1,30 +1,31 @@
 """A training run: its progress, and how it stops. Its files are described in `directory`."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from ddpm_fast.config import Config, SamplerConfig
 from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import key_from_seed
 from ddpm_fast.diffusion.samplers import sampler_table
-from ddpm_fast.engine.execution import choose_device, choose_execution
+from ddpm_fast.engine.execution import EAGER, choose_device, choose_execution
 from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample
-from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import writing
+from ddpm_fast.progress import say
 from ddpm_fast.runs import checkpoint, evaluation
 from ddpm_fast.runs.against import EITHER_WAY, Judge
 from ddpm_fast.runs.directory import prepare
 from ddpm_fast.runs.evaluation import is_due
 from ddpm_fast.runs.grids import save_normalized_and_raw, to_uint8
+from ddpm_fast.runs.progress import TrainingProgress
 from ddpm_fast.runs.signals import InterruptedRunError, Signals
 
 GRID_SAMPLER = SamplerConfig("ddim", 50)
@@ -52,14 +53,14 @@ class Run:
             config: what to train.
             dataset: what to train on.
             found: the checkpoint to continue from, see `find_start`.
-            progress: show bars.
+            progress: show bars, instead of lines.
             judge: compares each evaluation with another run's, if given, and may end the run.
 
         Raises:
             InputError: the directory cannot be written, or the checkpoint does not fit.
         """
         self.judge = judge
-        self.directory, self.config, self.dataset, self.progress = directory, config, dataset, progress
+        self.directory, self.config, self.dataset, self.bars = directory, config, dataset, progress
         device = choose_device(config.training.device)
         key = key_from_seed(config.training.seed, "cpu")
         source = BatchSource(dataset, key, device, config.data.holdout)
@@ -72,6 +73,8 @@ class Run:
                 self.trainer.load_state(found.step, {part: found.tensors(part) for part in checkpoint.TENSOR_FILES})
             except ValueError as error:
                 raise InputError(f"{found.path} does not fit its own configuration: {error}") from None
+        untimed = 0 if execution == EAGER else WARM_UP_STEPS + 1
+        self.progress = TrainingProgress(config, self.trainer.step, untimed, progress)
         prepare(directory, config, dataset.fingerprint, self.trainer.step)
 
     @property
@@ -88,21 +91,24 @@ class Run:
             InputError: the disk is full or not writable.
         """
         training, trainer = self.config.training, self.trainer
-        bar = tqdm(total=training.steps, initial=trainer.step, unit="step", desc="training", disable=not self.progress)
         with (
             Signals() as signals,
             SummaryWriter(str(self.directory / "tensorboard"), purge_step=trainer.step) as self.board,
-            bar,
+            self.progress,
         ):
-            self._since, self._since_step = time.perf_counter(), trainer.step
+            if trainer.execution.compiled:
+                with self.progress.doing("compiling the training step: a minute, the first time", seconds=60):
+                    trainer.compile()
             while not self.finished:
                 trainer.train_step_no_sync()
-                bar.update()
+                self.progress.step_done()
                 due = trainer.step == training.steps or is_due(trainer.step, training.batch_size)
                 evaluated = self._evaluate() if due else None
                 last = self.finished
                 if trainer.step % training.log_every == 0 or evaluated:
-                    bar.set_postfix(loss=f"{self._log(evaluated):.4f}")
+                    self._log(evaluated)
+                elif self.progress.line_due():
+                    self.progress.report(f"loss {trainer.mean_loss():.4f}")
                 if last or signals.received or trainer.step % training.save_every == 0:
                     self.save()
                 if last or (training.sample_every and trainer.step % training.sample_every == 0):
@@ -129,45 +135,38 @@ class Run:
     def _evaluate(self) -> evaluation.Errors:
         """Evaluate the weights and keep what was found; the time it takes is not training's."""
         self._stop_if_not_finite()
-        started = time.perf_counter()
-        errors = self.evaluation_set.evaluate(self.trainer)
-        with writing(self.directory):
+        with self.progress.doing("evaluating"), writing(self.directory):
+            errors = self.evaluation_set.evaluate(self.trainer)
             evaluation.write(self.directory, self.trainer.step, errors)
         apart = self.judge and self.judge.look(self.trainer.step, errors)
         if apart:
-            tqdm.write(f"step {self.trainer.step:,}: {apart}")
-        self._since += time.perf_counter() - started
+            say(f"step {self.trainer.step:,}: {apart}")
         return errors
 
-    def _log(self, evaluated: evaluation.Errors | None = None) -> float:
-        """Write one line of metrics and return the interval's mean loss."""
+    def _log(self, evaluated: evaluation.Errors | None = None) -> None:
+        """Write one line of metrics, and say it."""
         trainer = self.trainer
         self._stop_if_not_finite()
-        now = time.perf_counter()
-        seconds, steps = now - self._since, trainer.step - self._since_step
         loss = trainer.read_loss()
+        seconds, images_per_s = self.progress.end_interval()
         metrics: dict[str, Any] = {
             "step": trainer.step,
             "loss": loss,
             "gradient_norm": float(trainer.figures.gradient_norm),
             "learning_rate": float(trainer.figures.learning_rate),
-            "wall": {
-                "seconds": round(seconds, 4),
-                "images_per_s": round(steps * self.config.training.batch_size / seconds, 1),
-            },
+            "wall": {"seconds": round(seconds, 4), "images_per_s": round(images_per_s, 1)},
         }
         if evaluated is not None:
             metrics["evaluation"] = evaluation.summary(evaluated)
             for name, values in evaluated.items():
                 self.board.add_scalar(f"evaluation/{name}", float(values.mean()), trainer.step)
-        self._since, self._since_step = now, trainer.step
         with writing(self.directory / "metrics.jsonl"), (self.directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         for name in ("loss", "gradient_norm", "learning_rate"):
             self.board.add_scalar(name, metrics[name], trainer.step)
         self.board.add_scalar("images_per_s", metrics["wall"]["images_per_s"], trainer.step)
         self._warn_if_not_learning(loss)
-        return loss
+        self.progress.report(f"loss {loss:.4f}" + _evaluation_loss(metrics))
 
     def _warn_if_not_learning(self, loss: float) -> None:
         """Say so once if the loss has not left that of predicting nothing."""
@@ -177,7 +176,7 @@ class Run:
             return
         nothing = self.trainer.zero_prediction_loss()
         if loss > 0.9 * nothing:
-            tqdm.write(
+            say(
                 f"warning: after {self.trainer.step} steps the loss {loss:.3f} is still that of predicting nothing "
                 f"({nothing:.3f}): the learning rate may be far too low or too high, or the data may be constant; "
                 f"run ddpm-fast check {self.directory}"
@@ -186,8 +185,9 @@ class Run:
     def save(self) -> Path:
         """Write a checkpoint; never one that is not finite."""
         self._stop_if_not_finite()
-        trainer = self.trainer
-        return checkpoint.save(self.directory, trainer.step, self.config, self.dataset.fingerprint, trainer.state())
+        trainer, fingerprint = self.trainer, self.dataset.fingerprint
+        with self.progress.doing(f"saving step {trainer.step:,}"):
+            return checkpoint.save(self.directory, trainer.step, self.config, fingerprint, trainer.state())
 
     def draw(self) -> None:
         """Draw a grid of samples from the averaged weights, normalized and raw."""
@@ -200,11 +200,20 @@ class Run:
                 self.loop = SamplingLoop(averaged, table, self.trainer.dtype, self.trainer.execution)
             else:
                 self.loop.load_weights(averaged)
-        samples = sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.progress)
+        with self.progress.doing(f"drawing {count} images"):
+            images = ImageRange(self.config.training.seed, 0, count)
+            samples = sample(self.loop, images, progress=self.bars)
+            self._keep(samples)
+
+    def _keep(self, samples: Tensor) -> None:
         directory = self.directory / "samples"
         with writing(directory):
             directory.mkdir(exist_ok=True)
         save_normalized_and_raw(samples, directory, f"step-{self.trainer.step:07d}")
-        if unet.image_channels in (1, 3):
+        if self.config.unet.image_channels in (1, 3):
             pixels = torch.from_numpy(to_uint8(samples))
             self.board.add_images("samples", pixels, self.trainer.step, dataformats="NHWC")
+
+
+def _evaluation_loss(metrics: dict[str, Any]) -> str:
+    return f", evaluation {metrics['evaluation']['ema']:.4f}" if "evaluation" in metrics else ""

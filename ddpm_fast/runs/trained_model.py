@@ -139,15 +139,15 @@ class Model:
             InputError: a keyword or value is refused, or memory does not suffice.
             MathematicsError: a value is not finite.
         """
-        samples = self.draw(options_from(SamplingOptions, {"count": count, **keywords}), progress)
+        samples = self.draw(options_from(SamplingOptions, {"count": count, **keywords}), True if progress else None)
         return samples if return_tensor else Images(to_uint8(samples))
 
-    def draw(self, wanted: SamplingOptions, progress: bool = False, on_step: OnStep | None = None) -> Tensor:
+    def draw(self, wanted: SamplingOptions, progress: bool | None = None, on_step: OnStep | None = None) -> Tensor:
         """Make images as [N, C, H, W] float32 on the CPU; see `sample`.
 
         Args:
             wanted: which images.
-            progress: show a bar.
+            progress: show a bar, or say a line now and then; None for neither.
             on_step: called after each step with its number and x; see `SamplingLoop.run`.
         """
         set_tf32(self.options.precision)  # a setting of the process, which another model may have changed
