@@ -27,6 +27,7 @@ from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.directory import find_start, read_config, read_metrics
 from ddpm_fast.runs.run import Run
+from ddpm_fast.runs.signals import Signals
 from ddpm_fast.runs.trained_model import LoadKeywords, Model, options_from
 
 
@@ -92,10 +93,12 @@ def train(
         InputError: a flag or value is refused, the data cannot be used, or the disk not be written.
         MathematicsError: a check failed, nothing was trained; or a value was not finite, the last good checkpoint is
             kept.
-        InterruptedRunError: SIGINT or SIGTERM arrived; the run is saved.
+        InterruptedRunError: SIGINT or SIGTERM arrived, in the main thread; the finished steps are saved.
     """
     start = StartOptions(str(out or ""), resume, str(against or ""), until_decided)
-    return train_config(with_flags(starting_config(preset, start), flags), start, progress)
+    config = with_flags(starting_config(preset, start), flags)
+    with Signals():
+        return train_config(config, start, progress)
 
 
 def starting_config(preset: str | None, start: StartOptions) -> Config:

@@ -32,11 +32,7 @@ def _progress() -> bool:
 
 def train(config: Config, start: StartOptions) -> int:
     """Check the mathematics, then train; returns the exit status."""
-    try:
-        train_config(config, start, _progress())
-    except InterruptedRunError as interrupted:
-        print(f"ddpm-fast: {interrupted}", file=sys.stderr)
-        return interrupted.exit_status
+    train_config(config, start, _progress())
     return 0
 
 
@@ -64,17 +60,12 @@ def sample(arguments: SampleArguments) -> int:
     require_writable(directory)
     _say_if_code_changed(model.path)
     frames = Frames(steps)
-    try:
-        samples = model.draw(arguments, _progress(), frames.keep if arguments.animate else None)
-    except KeyboardInterrupt:
-        print("ddpm-fast: interrupted: nothing was written", file=sys.stderr)
-        return 130
+    samples = model.draw(arguments, _progress(), frames.keep if arguments.animate else None)
     facts = _facts(arguments, model, steps, round(time.perf_counter() - started, 3))
     try:
         _write(directory, arguments.first_index, samples, frames.kept, facts)
-    except KeyboardInterrupt:
-        print(f"ddpm-fast: interrupted: {directory} is not complete", file=sys.stderr)
-        return 130
+    except InterruptedRunError as interrupted:
+        raise InterruptedRunError(interrupted.number, f"interrupted; {directory} is not complete") from None
     how = f"{facts['device']}, {facts['precision']}, {facts['execution']}"
     print(f"{arguments.count} images in {facts['seconds']:.1f} s on {how}: {directory} (grid.png shows them all)")
     return 0

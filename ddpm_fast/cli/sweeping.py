@@ -66,9 +66,8 @@ def sweep(arguments: SweepArguments, plan: Plan, configs: Mapping[str, Config]) 
                 print(f"{name} failed: {error}")
                 failed(run)
             except InterruptedRunError as interrupted:
-                how = f"continue by ddpm-fast sweep --out {directory} --resume"
-                print(f"ddpm-fast: stopped in {run}, which is saved; {how}", file=sys.stderr)
-                return interrupted.exit_status
+                how = f"stopped in {run}; continue by ddpm-fast sweep --out {directory} --resume"
+                raise InterruptedRunError(interrupted.number, how) from None
     runs = [open_run(directory / name) for name in tried if verdict_of(directory / name) != FAILED]
     require(bool(runs), f"no run of {directory} could be trained to its end")
     print(f"\nagainst {plan.against}, the lowest evaluation loss first")

@@ -148,9 +148,13 @@ def _in_parallel(what: str, work: Callable[[int], Result], count: int, progress:
         # Filters belong to the process: without this one around all threads, a thread that restores its own would
         # let another's decompression bomb through. Its pattern keeps `decode`'s filter from replacing it.
         warnings.filterwarnings("error", message=".*", category=Image.DecompressionBombWarning)
-        for result in workers.map(work, range(count)):
-            results.append(result)
-            shown.advance()
+        try:
+            for result in workers.map(work, range(count)):
+                results.append(result)
+                shown.advance()
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)  # or all that is left would be done first
+            raise
     return results
 
 

@@ -5,8 +5,8 @@ somebody reads them. A step reads its batch and its number from tensors at fixed
 q_sample to the moving average, can be captured as one CUDA graph. Shapes: N images, C channels, H x W pixels.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ def new_unet(config: Config, device: torch.device) -> UNet:
 class Trainer:
     """A U-Net in training: weights, their moving average, Adam, and the step number."""
 
+    undivided: Callable[[], AbstractContextManager[object]]
+    """Entered around what must not be interrupted half way, and nothing else: at any other line an exception may end
+    the step, and the trainer stands where its last whole step left it."""
+
     def __init__(
         self,
         config: Config,
@@ -61,6 +65,7 @@ class Trainer:
             graphs: what captures it, CUDA graphs if left out.
         """
         self.config, self.batch, self.device, self.execution = config, batch, device, execution
+        self.undivided = nullcontext
         self.dtype = choose_dtype(config.training.precision, device)
         self.graphs = graphs or (CudaGraphs(device) if execution.captured else None)
         self._compiled_loss = execution.compile(self._loss_of_batch)
@@ -128,14 +133,22 @@ class Trainer:
         """Take one optimizer step. After the first loss or gradient that is not finite, no step changes a weight."""
         self.load_batch()
         if self.graphs is None:
-            self._device_step()
-        elif self._warm_ups < WARM_UP_STEPS:
-            self.graphs.warm_up(self._device_step)
+            loss = self.backward()
+            with self.undivided():
+                self.flat.update(loss, self.config.training)
+                self.step += 1
+        else:
+            with self.undivided():
+                self._take_captured_step(self.graphs)
+                self.step += 1
+
+    def _take_captured_step(self, graphs: GraphBackend) -> None:
+        if self._warm_ups < WARM_UP_STEPS:
+            graphs.warm_up(self._device_step)
             self._warm_ups += 1
         else:
-            self._replay = self._replay or self.graphs.capture(self._device_step)
+            self._replay = self._replay or graphs.capture(self._device_step)
             self._replay()
-        self.step += 1
 
     def _device_step(self) -> None:
         """Do all of a step's work on the device (Algorithm 1, lines 2 to 5); what is captured."""
@@ -168,12 +181,16 @@ class Trainer:
         """Lend the U-Net with the averaged weights in place of the trained ones."""
         trained = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
-            for name, parameter in self.parameters.items():
-                parameter.data = self.ema[name]
+            with self.undivided():
+                self._put_in_place(self.ema)
             yield self.unet
         finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = trained[name]
+            with self.undivided():
+                self._put_in_place(trained)
+
+    def _put_in_place(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data = weights[name]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return all that a checkpoint needs: with the step number, the run continues bit for bit."""

@@ -122,6 +122,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [values for _, values in _metrics_lines(run / "metrics.jsonl")]
 
 
+def amend_last_metrics(run: Path, values: dict[str, Any]) -> None:
+    """Add to the last line of a run's metrics what was found out after it was written."""
+    *lines, (_, last) = _metrics_lines(run / "metrics.jsonl")
+    text = "".join(f"{line}\n" for line in [*(line for line, _ in lines), json.dumps(last | values)])
+    replace_file(run / "metrics.jsonl", text.encode())
+
+
 def _cut_metrics(path: Path, step: int) -> None:
     """Drop, whole or not at all, the lines after a checkpoint's step and a torn last one."""
     if path.exists():

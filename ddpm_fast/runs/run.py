@@ -22,7 +22,7 @@ from ddpm_fast.files import writing
 from ddpm_fast.progress import say
 from ddpm_fast.runs import checkpoint, evaluation
 from ddpm_fast.runs.against import EITHER_WAY, Judge
-from ddpm_fast.runs.directory import prepare
+from ddpm_fast.runs.directory import amend_last_metrics, prepare, read_metrics
 from ddpm_fast.runs.evaluation import is_due
 from ddpm_fast.runs.grids import save_normalized_and_raw, to_uint8
 from ddpm_fast.runs.progress import TrainingProgress
@@ -73,9 +73,13 @@ class Run:
                 self.trainer.load_state(found.step, {part: found.tensors(part) for part in checkpoint.TENSOR_FILES})
             except ValueError as error:
                 raise InputError(f"{found.path} does not fit its own configuration: {error}") from None
+        self._saved = self.trainer.step
+        self.signals = Signals()
+        self.trainer.undivided = self.signals.held
         untimed = 0 if execution == EAGER else WARM_UP_STEPS + 1
         self.progress = TrainingProgress(config, self.trainer.step, untimed, progress)
         prepare(directory, config, dataset.fingerprint, self.trainer.step)
+        self._logged = max((line["step"] for line in read_metrics(directory)), default=0)
 
     @property
     def finished(self) -> bool:
@@ -90,36 +94,62 @@ class Run:
             MathematicsError: a loss or gradient was not finite; the last good checkpoint is kept.
             InputError: the disk is full or not writable.
         """
-        training, trainer = self.config.training, self.trainer
+        trainer = self.trainer
         with (
-            Signals() as signals,
+            self.signals,
             SummaryWriter(str(self.directory / "tensorboard"), purge_step=trainer.step) as self.board,
             self.progress,
         ):
-            if trainer.execution.compiled:
-                with self.progress.doing("compiling the training step: a minute, the first time", seconds=60):
-                    trainer.compile()
-            while not self.finished:
-                trainer.train_step_no_sync()
-                self.progress.step_done()
-                due = trainer.step == training.steps or is_due(trainer.step, training.batch_size)
-                evaluated = self._evaluate() if due else None
-                last = self.finished
-                if trainer.step % training.log_every == 0 or evaluated:
-                    self._log(evaluated)
-                elif self.progress.line_due():
-                    self.progress.report(f"loss {trainer.mean_loss():.4f}")
-                if last or signals.received or trainer.step % training.save_every == 0:
-                    self.save()
-                if last or (training.sample_every and trainer.step % training.sample_every == 0):
-                    self.draw()
-                if signals.received and not last:
-                    raise InterruptedRunError(signals.received, f"saved step {trainer.step}; {self._how_to_continue()}")
+            try:
+                if trainer.execution.compiled:
+                    with self.progress.doing("compiling the training step: a minute, the first time", seconds=60):
+                        trainer.compile()
+                self._do_what_is_due()  # of a step after which the run was interrupted
+                while not self.finished:
+                    trainer.train_step_no_sync()
+                    self.progress.step_done()
+                    self._do_what_is_due()
+            except InterruptedRunError as interrupted:
+                raise self._save_and_say_so(interrupted.number) from None
 
-    def _how_to_continue(self) -> str:
+    def _do_what_is_due(self) -> None:
+        """Evaluate, log, save and draw after a step, where that is due."""
+        training, step = self.config.training, self.trainer.step
+        if step > self._logged:
+            evaluated = self._evaluate() if self._evaluation_is_due() else None
+            if evaluated or step % training.log_every == 0:
+                self._log(evaluated)
+            elif self.progress.line_due():
+                self.progress.report(f"loss {self.trainer.mean_loss():.4f}")
+        elif step > 0 and self._evaluation_is_due() and evaluation.read(self.directory, step) is None:
+            amend_last_metrics(self.directory, {"evaluation": evaluation.summary(self._evaluate())})
+        if step > self._saved and (self.finished or step % training.save_every == 0):
+            self.save()
+        if training.sample_every and step > 0 and (self.finished or step % training.sample_every == 0):
+            self.draw()
+
+    def _evaluation_is_due(self) -> bool:
+        training, step = self.config.training, self.trainer.step
+        return step == training.steps or is_due(step, training.batch_size)
+
+    def _save_and_say_so(self, number: int) -> InterruptedRunError:
+        """Save the steps that are finished; return what ends the run."""
+        step = self.trainer.step
+        try:
+            if step > self._logged and (self._evaluation_is_due() or step % self.config.training.log_every == 0):
+                self._log()  # an evaluation that was interrupted is made when the run goes on
+            if step > self._saved:
+                self.save()
+            done = f"saved step {self._saved}" if self._saved else "interrupted before the first step"
+        except InterruptedRunError:
+            kept = checkpoint.newest(self.directory)
+            done = f"interrupted while saving; the newest checkpoint is {kept.path if kept else 'none'}"
+        if step == self.config.training.steps:
+            return InterruptedRunError(number, f"{done}, the last; its grid was not drawn")
         against = f" --against {self.judge.base.path}" if self.judge else ""
         until = " --until-decided" if self.judge and self.judge.stops_at == EITHER_WAY else ""
-        return f"continue by ddpm-fast train --out {self.directory} --resume{against}{until}"
+        how = f"continue by ddpm-fast train --out {self.directory} --resume{against}{until}"
+        return InterruptedRunError(number, f"{done}; {how}")
 
     def _stop_if_not_finite(self) -> None:
         bad_step = int(self.trainer.numbers.bad_step)
@@ -145,13 +175,19 @@ class Run:
 
     def _log(self, evaluated: evaluation.Errors | None = None) -> None:
         """Write one line of metrics, and say it."""
-        trainer = self.trainer
         self._stop_if_not_finite()
-        loss = trainer.read_loss()
+        with self.signals.held():
+            metrics = self._write_metrics(evaluated)
+        self._warn_if_not_learning(metrics["loss"])
+        self.progress.report(f"loss {metrics['loss']:.4f}" + _evaluation_loss(metrics))
+
+    def _write_metrics(self, evaluated: evaluation.Errors | None) -> dict[str, Any]:
+        """Write one line of metrics and return it; the loss is that of the steps since the last."""
+        trainer = self.trainer
         seconds, images_per_s = self.progress.end_interval()
         metrics: dict[str, Any] = {
             "step": trainer.step,
-            "loss": loss,
+            "loss": trainer.read_loss(),
             "gradient_norm": float(trainer.figures.gradient_norm),
             "learning_rate": float(trainer.figures.learning_rate),
             "wall": {"seconds": round(seconds, 4), "images_per_s": round(images_per_s, 1)},
@@ -160,13 +196,14 @@ class Run:
             metrics["evaluation"] = evaluation.summary(evaluated)
             for name, values in evaluated.items():
                 self.board.add_scalar(f"evaluation/{name}", float(values.mean()), trainer.step)
+        self._logged = trainer.step
+        self._saved = min(self._saved, trainer.step - 1)  # a checkpoint knows what was logged
         with writing(self.directory / "metrics.jsonl"), (self.directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         for name in ("loss", "gradient_norm", "learning_rate"):
             self.board.add_scalar(name, metrics[name], trainer.step)
         self.board.add_scalar("images_per_s", metrics["wall"]["images_per_s"], trainer.step)
-        self._warn_if_not_learning(loss)
-        self.progress.report(f"loss {loss:.4f}" + _evaluation_loss(metrics))
+        return metrics
 
     def _warn_if_not_learning(self, loss: float) -> None:
         """Say so once if the loss has not left that of predicting nothing."""
@@ -186,8 +223,10 @@ class Run:
         """Write a checkpoint; never one that is not finite."""
         self._stop_if_not_finite()
         trainer, fingerprint = self.trainer, self.dataset.fingerprint
-        with self.progress.doing(f"saving step {trainer.step:,}"):
-            return checkpoint.save(self.directory, trainer.step, self.config, fingerprint, trainer.state())
+        with self.progress.doing(f"saving step {trainer.step:,}"), self.signals.held():
+            saved = checkpoint.save(self.directory, trainer.step, self.config, fingerprint, trainer.state())
+            self._saved = trainer.step
+        return saved
 
     def draw(self) -> None:
         """Draw a grid of samples from the averaged weights, normalized and raw."""

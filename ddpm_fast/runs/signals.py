@@ -1,34 +1,62 @@
-"""How a run is asked to stop: SIGINT and SIGTERM wait until the step is done."""
+"""How work is asked to stop: SIGINT and SIGTERM end it at once, but for what must not be left half done.
+
+The second signal ends that, too. Files appear whole or not at all in any case (see `files`).
+"""
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
-class InterruptedRunError(Exception):
-    """The run was asked to stop by a signal; it has been saved."""
 
-    def __init__(self, number: int, message: str) -> None:
+class InterruptedRunError(KeyboardInterrupt):
+    """A signal ended the work. A KeyboardInterrupt, so that no `except Exception` on its way stops it."""
+
+    def __init__(self, number: int, message: str = "interrupted; nothing was written") -> None:
         super().__init__(f"{signal.Signals(number).name}: {message}")
-        self.exit_status = 128 + number
+        self.number, self.exit_status = number, 128 + number
 
 
 class Signals:
-    """Remembers SIGINT and SIGTERM until the step is done; restores the handlers on leaving.
+    """Turns SIGINT and SIGTERM into InterruptedRunError, where and when they arrive; restores the handlers on leaving.
 
-    Only the main thread may set handlers: elsewhere nothing is remembered.
+    Between two lines of Python, that is: PyTorch finishes what it computes. Only the main thread may set handlers:
+    elsewhere nothing is done.
     """
 
-    def __enter__(self) -> "Signals":
-        self.received = 0
-        main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-        self._before = {number: signal.signal(number, self._remember) for number in numbers}
-        return self
+    def __init__(self) -> None:
+        self._received, self._pending, self._held = 0, 0, 0
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+    def __enter__(self) -> "Signals":
+        main = threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.signal(number, self._arrived) for number in NUMBERS if main}
+        return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        again, self._received = self._received, number
+        if self._held and not again:
+            self._pending = number
+            return
+        if again:  # and a third one ends the process
+            for each in NUMBERS:
+                signal.signal(each, signal.SIG_DFL)
+        raise InterruptedRunError(number)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let what must not be left half done be finished: a first signal in the block is obeyed at its end."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self._pending and not self._held:
+            number, self._pending = self._pending, 0
+            raise InterruptedRunError(number)

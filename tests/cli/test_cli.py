@@ -1,8 +1,10 @@
 """The command line as a user meets it: one-line errors, exit statuses, and the files that come out."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -208,18 +210,20 @@ def test_checks_that_pass_before_a_run_are_one_line(tmp_path, capsys):
     assert "expected" not in out
 
 
-def test_interrupted_sampling_leaves_nothing_and_says_so(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_sampling_leaves_nothing_and_says_so(trained, tmp_path, monkeypatch, capsys, number, expected):
     def interrupted(*arguments):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
+    name = signal.Signals(number).name
     monkeypatch.setattr("ddpm_fast.engine.sampling.SamplingLoop.run", interrupted)
     status, _, err = run(f"sample {trained} --out {tmp_path}/out", capsys)
-    assert (status, err) == (130, "ddpm-fast: interrupted: nothing was written\n")
+    assert (status, err) == (expected, f"ddpm-fast: {name}: interrupted; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     monkeypatch.setattr("ddpm_fast.cli.commands.save_picture", interrupted)
     status, _, err = run(f"sample {trained} --out {tmp_path}/out", capsys)
-    assert (status, err) == (130, f"ddpm-fast: interrupted: {tmp_path}/out is not complete\n")
+    assert (status, err) == (expected, f"ddpm-fast: {name}: interrupted; {tmp_path}/out is not complete\n")
 
 
 def test_a_copied_model_needs_two_files(trained, tmp_path, capsys):

@@ -4,7 +4,7 @@ Shapes: N image, C channel, H x W pixels, G group.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ class Case(NamedTuple):
     silu: bool = True
 
 
-def make(case: Case, images: int = 2) -> dict[str, Tensor]:
+def make(case: Case, images: int = 2) -> dict[str, Any]:
     """Make inputs in the case's dtype, maps channels_last with means unlike each other; parameters float32."""
     generator = torch.Generator().manual_seed(case.channels + case.beside)
 
@@ -56,7 +56,7 @@ def make(case: Case, images: int = 2) -> dict[str, Tensor]:
     return inputs
 
 
-def plain(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+def plain(case: Case, inputs: dict[str, Any], dtype: torch.dtype | None) -> list[Tensor]:
     """Return y, h and h's statistics by the reference, with inputs in `dtype`, or as they are."""
     inputs = {name: value.to(dtype or value.dtype) for name, value in inputs.items()}
     y, h = reference.group_norm_silu_and_residual(**inputs, groups=case.groups, silu=case.silu)

@@ -1,10 +1,13 @@
 """A training run: exact resume, honest interruption, and a stop at the first value that is not finite."""
 
+import itertools
 import json
 import os
+import pkgutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +59,7 @@ def signal_after(running: Run, step: int, number: int) -> None:
 
 
 def test_a_run_leaves_what_the_readme_says(tmp_path):
-    run(tmp_path / "run").train()
+    run(tmp_path / "run", with_training(TINY, sample_every=6)).train()
     names = {entry.name for entry in (tmp_path / "run").iterdir()}
     assert names == {"config.json", "metrics.jsonl", "evaluation", "samples", "checkpoints", "tensorboard"}
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4, 6]
@@ -105,6 +108,86 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found.step == 5
+
+
+def signal_when_called(monkeypatch: pytest.MonkeyPatch, name: str, call: int = 1) -> None:
+    """Have a signal arrive when a function is called for the first time, or the call-th."""
+    function, calls = pkgutil.resolve_name(name), itertools.count(1)
+
+    def signal_then_call(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **keywords)
+
+    monkeypatch.setattr(name, signal_then_call)
+
+
+def test_no_grid_is_drawn_where_none_is_asked_for(tmp_path):
+    run(tmp_path).train()
+    assert not (tmp_path / "samples").exists()
+
+
+TWELVE = with_training(TINY, steps=12, sample_every=6)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted."""
+    directory = tmp_path_factory.mktemp("whole")
+    run(directory, TWELVE).train()
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("what", "call", "saved"),
+    [
+        ("ddpm_fast.engine.sampling.normal", 1, 6),  # in the grid after step 6
+        ("ddpm_fast.engine.trainer.random_timesteps", 5, 4),  # in the pass through the network of step 5
+        ("ddpm_fast.ops.reference.learning_rate_at", 5, 5),  # in its update of the weights, which is finished
+        ("ddpm_fast.engine.trainer.Trainer.read_loss", 2, 4),  # in the line for step 4, which is finished
+        ("ddpm_fast.runs.checkpoint.write_synced", 2, 3),  # in the checkpoint of step 3, which is finished
+    ],
+)
+def test_a_signal_is_obeyed_at_once_and_the_finished_steps_are_kept(tmp_path, monkeypatch, whole, what, call, saved):
+    with monkeypatch.context() as patches:
+        signal_when_called(patches, what, call)
+        with pytest.raises(InterruptedRunError, match=f"SIGTERM: saved step {saved};"):
+            run(tmp_path, TWELVE).train()
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == saved
+    assert list(tmp_path.rglob(".*")) == []
+    run(tmp_path, TWELVE, resume=True).train()
+    for place in ("checkpoints/step-0000012", "evaluation", "samples"):
+        assert files(whole / place) == files(tmp_path / place)
+    assert metrics(whole) == metrics(tmp_path)
+
+
+def test_an_evaluation_that_is_interrupted_is_made_when_the_run_goes_on(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patches:
+        signal_when_called(patches, "ddpm_fast.runs.evaluation.sampling_copy")
+        with pytest.raises(InterruptedRunError, match="SIGTERM: saved step 10;"):
+            run(tmp_path, TWELVE).train()
+    run(tmp_path, TWELVE, resume=True).train()
+    assert files(whole / "checkpoints/step-0000012") == files(tmp_path / "checkpoints/step-0000012")
+    assert files(whole / "evaluation") == files(tmp_path / "evaluation")
+    assert metrics(tmp_path) == metrics(whole)
+
+
+def test_a_signal_before_the_first_step_says_so(tmp_path, monkeypatch):
+    signal_when_called(monkeypatch, "ddpm_fast.engine.trainer.random_timesteps")
+    with pytest.raises(InterruptedRunError, match=r"before the first step; continue by .* --resume"):
+        run(tmp_path).train()
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_second_signal_ends_saving_too_and_leaves_whole_files(tmp_path, monkeypatch):
+    running = run(tmp_path, with_training(TINY, steps=1000, save_every=4))
+    signal_after(running, 5, signal.SIGINT)
+    signal_when_called(monkeypatch, "ddpm_fast.runs.checkpoint.write_synced", 4 + 2)
+    with pytest.raises(InterruptedRunError, match=r"SIGINT: interrupted while saving; the newest .*step-0000004;"):
+        running.train()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-0000004"]
 
 
 def test_the_first_bad_step_is_masked_named_and_stops_the_run(tmp_path):
