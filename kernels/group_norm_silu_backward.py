@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.kernels import checks
+from ddpm_fast.kernels.group_norm_parameters import parameter_gradients
 from ddpm_fast.kernels.group_norm_tiles import (
     by_channel,
     by_group,
@@ -38,11 +39,8 @@ from ddpm_fast.kernels.group_norm_tiles import (
     load_tile,
     locate,
     shift_arguments,
-    store_tile,
 )
-
-PARAMETER_CHANNELS = tl.constexpr(8)  # a memory sector of float32: many programs, each of which waits for memory once
-PARAMETER_IMAGES = tl.constexpr(128)  # at a time
+from ddpm_fast.kernels.joined_tiles import store_apart
 
 
 @triton.jit
@@ -156,7 +154,8 @@ def input_gradient_kernel(
     sample_index,  # [N] int64
     other,  # [N, H, W, C], added to dx, or None
     partials,  # [N, S, 3, C] float32, read where SLICES > 1
-    dx,  # [N, H, W, C]
+    dx,  # [N, H, W, FIRST]
+    dbeside,  # [N, H, W, C - FIRST], or None where FIRST is C
     dshift,  # [N, C] or None
     parameter_sums,  # [N, 2, C] float32: an image's part of dweight and dbias
     shift_stride,
@@ -165,7 +164,7 @@ def input_gradient_kernel(
     layer,
     C: tl.constexpr, G: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_S: tl.constexpr, ONE: tl.constexpr,
+    BLOCK_S: tl.constexpr, ONE: tl.constexpr, FIRST: tl.constexpr,
     SILU: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
 ):  # fmt: skip
     image, index, block = locate(SLICES, BLOCKS, SLICES > 1)
@@ -179,7 +178,9 @@ def input_gradient_kernel(
     start_of_slice = (image * HW + first_pixel) * C
     x += start_of_slice
     dy += start_of_slice
-    dx += start_of_slice
+    dx += (image * HW + first_pixel) * FIRST
+    if dbeside is not None:
+        dbeside += (image * HW + first_pixel) * (C - FIRST)
     if other is not None:
         other += start_of_slice
     area = (pixels, channel, real, WHOLE)
@@ -196,7 +197,7 @@ def input_gradient_kernel(
         if other is not None:  # not loaded before the sums: it would take up registers while they are taken
             added, mask = load_tile(other, 0, area, C, BLOCK_P, "evict_first")
             value += added
-        store_tile(dx, 0, value, mask, channel, C, BLOCK_P)
+        store_apart(dx, dbeside, 0, value, mask, channel, C, FIRST, BLOCK_P)
     else:
         for start in range(0, pixels, BLOCK_P):
             next_u, next_db, inside = load_gradient(
@@ -206,7 +207,7 @@ def input_gradient_kernel(
             if other is not None:
                 added, inside = load_tile(other, start, area, C, BLOCK_P, "evict_first")
                 value += added
-            store_tile(dx, start, value, inside, channel, C, BLOCK_P)
+            store_apart(dx, dbeside, start, value, inside, channel, C, FIRST, BLOCK_P)
 
     if index == 0:
         if dshift is not None:
@@ -215,27 +216,6 @@ def input_gradient_kernel(
             tl.store(dshift + image * C + channel, slope * a - HW * c1 - total * c2, mask=real)
         tl.store(parameter_sums + 2 * image * C + channel, rstd_c * b, mask=real)
         tl.store(parameter_sums + (2 * image + 1) * C + channel, a, mask=real)
-
-
-@triton.jit
-def parameter_gradient_kernel(
-    parameter_sums,  # [N, 2, C] float32
-    dweight,  # [C]
-    dbias,  # [C]
-    N,
-    C: tl.constexpr,
-):
-    channel = tl.program_id(0) * PARAMETER_CHANNELS + tl.arange(0, PARAMETER_CHANNELS)
-    of_bias, real = tl.program_id(1), channel < C
-    terms = tl.zeros([PARAMETER_IMAGES, PARAMETER_CHANNELS], tl.float32)
-    for first in range(0, N, PARAMETER_IMAGES):
-        image = first + tl.arange(0, PARAMETER_IMAGES)
-        row = (2 * image.to(tl.int64) + of_bias) * C
-        mask = (image < N)[:, None] & real[None, :]
-        terms += tl.load(parameter_sums + row[:, None] + channel[None, :], mask=mask, other=0.0)
-    total = tl.sum(terms, axis=0)
-    tl.store(dweight + channel, total, mask=real & (of_bias == 0))
-    tl.store(dbias + channel, total, mask=real & (of_bias == 1))
 
 
 def group_norm_silu_backward(
@@ -254,6 +234,7 @@ def group_norm_silu_backward(
     silu: bool = True,
     probability: float = 0.0,
     layer: int = 0,
+    beside: int = 0,
 ) -> list[Tensor]:
     """Compute the gradients of `group_norm_silu`.
 
@@ -262,15 +243,19 @@ def group_norm_silu_backward(
         mean, rstd: [N, G] float32, from the forward pass.
         x and what follows: as in the forward pass.
         other: like dy, to be added to dx: the loss's gradient by x from where else x is used.
+        beside: how many of x's last channels were joined to it from another map.
 
     Returns:
-        dx, dweight, dbias and, if there is a shift, dshift, each like what it belongs to.
+        dx, dweight, dbias and, if there is a shift, dshift, each like what it belongs to. If there are such channels,
+        dx is of the others, and last comes that of these.
 
     Raises:
         ValueError: an argument is not as said here.
     """
     check_inputs(x, weight, bias, shift, groups)
-    N, C, _, _ = x.shape
+    N, C, H, W = x.shape
+    if not 0 <= beside < C:
+        raise ValueError(f"beside is {beside}: it takes fewer than {C} channels")
     checks.check_images("dy", dy, x.shape, (x.dtype,), x.device)
     if other is not None:
         checks.check_images("other", other, x.shape, (x.dtype,), x.device)
@@ -281,8 +266,7 @@ def group_norm_silu_backward(
     grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
     shared |= {"x": x, "dy": dy, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
     shared |= shift_arguments(shift) | random | {"partials": None, "SILU": silu}
-    dx = torch.empty_like(x, memory_format=torch.channels_last)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    dx, dbeside = (x.new_empty(N, H, W, channels).permute(0, 3, 1, 2) for channels in (C - beside, beside))
     dshift = None if shift is None else shift.new_empty(N, C)
     parameter_sums = x.new_empty(N, 2, C, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -290,9 +274,8 @@ def group_norm_silu_backward(
             shared["partials"] = x.new_empty(N, chosen.slices, 3, C, dtype=torch.float32)
             sums_kernel[grid](**shared)
         if N:
-            shared |= {"BLOCK_S": triton.next_power_of_2(chosen.slices), "ONE": chosen.one_tile}
-            input_gradient_kernel[grid](other=other, dx=dx, dshift=dshift, parameter_sums=parameter_sums, **shared)
-        parameter_gradient_kernel[(triton.cdiv(C, PARAMETER_CHANNELS.value), 2)](
-            parameter_sums=parameter_sums, dweight=dweight, dbias=dbias, N=N, C=C
-        )
-    return [dx, dweight, dbias] if dshift is None else [dx, dweight, dbias, dshift]
+            shared |= {"BLOCK_S": triton.next_power_of_2(chosen.slices), "ONE": chosen.one_tile, "FIRST": C - beside}
+            shared |= {"other": other, "dx": dx, "dbeside": dbeside if beside else None, "dshift": dshift}
+            input_gradient_kernel[grid](parameter_sums=parameter_sums, **shared)
+        dweight, dbias = parameter_gradients(parameter_sums, weight, bias)
+    return [dx, dweight, dbias, *([] if dshift is None else [dshift]), *([dbeside] if beside else [])]

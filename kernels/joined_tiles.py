@@ -3,8 +3,9 @@
     h = x + added + shift, and beside h's channels those of `beside`
 
 is what a residual branch begins with: in a skip connection, say, 256 channels and 128 in 32 groups, of which one has
-channels of both. A kernel that reads it anyway adds it up, and writes it down for who else needs it; left to a compiler
-that cannot see into the kernel, this is a pass of its own, which writes all of it and has it read again.
+channels of both. A kernel that reads them anyway adds up, and writes the result for who else needs it; left to a
+compiler that cannot see into the kernel, this is a pass of its own, which writes h and has it read again. The gradient
+leaves in two dense maps: halves of one would be copied by each convolution that reads them.
 
 Shapes: H x W pixels, C channels of h and of all beside it, FIRST of h itself.
 """
@@ -12,7 +13,7 @@ Shapes: H x W pixels, C channels of h and of all beside it, FIRST of h itself.
 import triton
 import triton.language as tl
 
-from ddpm_fast.kernels.group_norm_tiles import load_tile, tile_mask
+from ddpm_fast.kernels.group_norm_tiles import load_tile, store_tile, tile_mask
 
 
 @triton.jit
@@ -41,3 +42,19 @@ def load_sum(terms, start, area, C: tl.constexpr, BLOCK_P: tl.constexpr, POLICY:
             more, _ = load_tile(added + origin * FIRST, start, inside, FIRST, BLOCK_P, POLICY)
             value += more
     return value, mask
+
+
+@triton.jit
+def store_apart(
+    first, second, start, value, mask, channel, C: tl.constexpr, FIRST: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Store [BLOCK_P, BLOCK_C] at pixel `start` of a slice: channels below FIRST in one map, the others in a second.
+
+    first: [H, W, FIRST]; second: [H, W, C - FIRST], or None where FIRST is C; each from the slice on.
+    """
+    if second is None:
+        store_tile(first, start, value, mask, channel, C, BLOCK_P)
+    else:
+        inside = (channel < FIRST)[None, :]
+        store_tile(first, start, value, mask & inside, channel, FIRST, BLOCK_P)
+        store_tile(second - FIRST, start, value, mask & (channel >= FIRST)[None, :], channel, C - FIRST, BLOCK_P)

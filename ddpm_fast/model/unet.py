@@ -192,7 +192,11 @@ class UNet(nn.Module):
 
         for level in self.up_blocks:
             for block, attention in level.blocks():
-                h = attention(block(h, next(shifts), dropout_address, skips.pop()))
+                skip = skips.pop()
+                if not self.forms.skips_joined_by_norms:
+                    h, skip = torch.cat([value_of(h), value_of(skip)], dim=1), None
+                h = attention(block(h, next(shifts), dropout_address, skip))
             if level.has_resize:
                 h = level.upsamplers[0](h)
-        return self.conv_out(self.conv_norm_out(value_of(h)))
+        h = value_of(h)
+        return self.conv_out(self.conv_norm_out(h))

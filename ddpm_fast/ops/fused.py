@@ -86,10 +86,13 @@ def _(
     bias: Tensor,
     shift: Tensor | None = None,
     *rest: Tensor | None,
+    beside: int = 0,
     **options: Any,
 ) -> list[Tensor]:
-    gradients = [torch.empty_like(x, memory_format=NHWC), torch.empty_like(weight), torch.empty_like(bias)]
-    return gradients if shift is None else [*gradients, shift.new_empty(shift.shape)]
+    dx, dbeside = (torch.empty_like(x[:, :channels], memory_format=NHWC) for channels in (x.shape[1] - beside, beside))
+    gradients = [dx, torch.empty_like(weight), torch.empty_like(bias)]
+    dshift = [] if shift is None else [shift.new_empty(shift.shape)]
+    return [*gradients, *dshift, *([dbeside] if beside else [])]
 
 
 def _save_group_norm_silu(
@@ -140,18 +143,16 @@ class _GroupNormSiluAndResidual(torch.autograd.Function):
         else:
             y, h, *statistics = GROUP_NORM_SILU_OF_SUM(x, weight, bias, shift, added, beside, **options, eps=eps)
         ctx.save_for_backward(*statistics, h, weight, bias)
-        ctx.options, ctx.channels = options, x.shape[1]
+        ctx.options = options | {"beside": 0 if beside is None else beside.shape[1]}
         return y, h
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dy, other = (gradient.contiguous(memory_format=NHWC) for gradient in grad_outputs)
-        dh, dweight, dbias = GROUP_NORM_SILU_BACKWARD(dy, *ctx.saved_tensors, other=other, **ctx.options)
-        _, _, _, for_shift, for_added, for_beside, *_ = ctx.needs_input_grad
-        dx = dh[:, : ctx.channels]
+        dx, dweight, dbias, *rest = GROUP_NORM_SILU_BACKWARD(dy, *ctx.saved_tensors, other=other, **ctx.options)
+        _, _, _, for_shift, for_added, *_ = ctx.needs_input_grad
         dshift = dx.sum((2, 3), dtype=torch.float32) if for_shift else None
-        beyond = dh[:, ctx.channels :] if for_beside else None
-        return dx, dweight, dbias, dshift, dx if for_added else None, beyond, None, None
+        return dx, dweight, dbias, dshift, dx if for_added else None, rest[0] if rest else None, None, None
 
 
 def _group_norm_silu_and_residual(

@@ -45,7 +45,7 @@ def launches(norm: Norm, images: int, dtype: torch.dtype, training: bool) -> Ite
         yield from record(group_norm_silu, x, *inputs, **options)
     if training:
         statistics = empty(images, norm.groups), empty(images, norm.groups)
-        other = {"other": h} if norm.residual else {}
+        other = {"other": h, "beside": norm.beside} if norm.residual else {}
         yield from record(group_norm_silu_backward, h, *statistics, h, *inputs, **options, **other)
 
 

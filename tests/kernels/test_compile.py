@@ -18,11 +18,12 @@ FEW = {
     "noise_mse": {"noise_mse_kernel", "noise_mse_mean_kernel", "noise_mse_backward_kernel"},
     "reverse_step": {"reverse_step_kernel"},
     "timestep_embedding": {"timestep_embedding_kernel"},
+    "group_norm_parameters": {"parameter_gradient_kernel"},
     "adam_ema": {"adam_norm_kernel", "adam_scalars_kernel", "adam_ema_kernel"},
 }
 NORMS = {
     "group_norm_silu": {"statistics_kernel", "normalize_kernel"},
-    "group_norm_silu_backward": {"sums_kernel", "input_gradient_kernel", "parameter_gradient_kernel"},
+    "group_norm_silu_backward": {"sums_kernel", "input_gradient_kernel"},
 }
 # GroupNorm has some hundred specialisations: a part takes a minute or less.
 PARTS = [(tuple(FEW), ARCHITECTURES), *(((op,), (sm,)) for op in NORMS for sm in ARCHITECTURES)]

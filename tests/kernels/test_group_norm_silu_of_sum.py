@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from ddpm_fast.kernels import group_norm_tiles
 from ddpm_fast.kernels.group_norm_silu import group_norm_silu_of_sum
+from ddpm_fast.kernels.group_norm_silu_backward import group_norm_silu_backward
 from ddpm_fast.kernels.group_norm_tiles import Plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +46,7 @@ def make(case: Case, images: int = 2) -> dict[str, Any]:
         return (mean + 1.5 * normal(images, *case.size, channels)).to(DEVICE, case.dtype).permute(0, 3, 1, 2)
 
     all_channels = case.channels + case.beside
-    inputs = {"x": images_of(case.channels, 0.5)}
+    inputs: dict[str, Any] = {"x": images_of(case.channels, 0.5)}
     inputs |= {"weight": (1 + 0.3 * normal(all_channels)).to(DEVICE), "bias": normal(all_channels).to(DEVICE)}
     if case.shift:
         inputs["shift"] = normal(1, case.channels).to(DEVICE).expand(images, -1)  # one bias for all images
@@ -142,6 +143,21 @@ def test_the_sum_is_rounded_once() -> None:
     assert ours < theirs
 
 
+@pytest.mark.parametrize("name", PLANS)
+def test_the_gradient_in_two_maps_is_that_of_both_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which `test_group_norm_silu` holds to the reference: the same bits in other places, each of them dense."""
+    chosen, size = PLANS[name]
+    monkeypatch.setattr(group_norm_tiles, "plan", lambda *size: chosen)
+    inputs = make(Case(22, 10, size=size))
+    y, h, mean, rstd = group_norm_silu_of_sum(**inputs, groups=8)
+    given = (y.sin(), mean, rstd, h, inputs["weight"], inputs["bias"])
+    dh, *others = group_norm_silu_backward(*given, other=y.cos(), groups=8)
+    dx, *same, dbeside = group_norm_silu_backward(*given, other=y.cos(), groups=8, beside=10)
+    assert all(map(torch.equal, [torch.cat([dx, dbeside], dim=1), *same], [dh, *others]))
+    assert dx.shape[1] == 22
+    assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in (dx, dbeside))
+
+
 def test_no_images() -> None:
     y, h, mean, rstd = group_norm_silu_of_sum(**make(JOINED, images=0), groups=2)
     assert y.shape == h.shape == (0, 24, 4, 4)
@@ -154,3 +170,6 @@ def test_what_does_not_fit_is_named() -> None:
         group_norm_silu_of_sum(**inputs | {"beside": inputs["beside"][..., :3]}, groups=2)
     with pytest.raises(ValueError, match=r"^groups is 5: it takes a divisor of 24 channels"):
         group_norm_silu_of_sum(**inputs, groups=5)
+    y, h, mean, rstd = group_norm_silu_of_sum(**inputs, groups=2)
+    with pytest.raises(ValueError, match=r"^beside is 24: it takes fewer than 24 channels"):
+        group_norm_silu_backward(y, mean, rstd, h, inputs["weight"], inputs["bias"], groups=2, beside=24)

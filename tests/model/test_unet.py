@@ -201,11 +201,13 @@ def test_a_frozen_unet_computes_the_same(name, transposed):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("transposed", [True, False])
-def test_a_frozen_unet_whose_norms_add_up_computes_the_same(name, left, transposed):
+@pytest.mark.parametrize("other", [True, False])
+def test_a_frozen_unet_whose_norms_add_up_computes_the_same(name, left, other):
     """By the reference, which adds up, too: all that is left out in one place is there in another."""
     plain = randomized(CONFIGS[name])
-    frozen = UNet(CONFIGS[name], Forms(transposed_upsampling=transposed, sums_left_to_norms=left))
+    frozen = UNet(
+        CONFIGS[name], Forms(transposed_upsampling=other, sums_left_to_norms=left, skips_joined_by_norms=other)
+    )
     frozen.load_state_dict(plain.state_dict())
     frozen.use(dataclasses.replace(REFERENCE, fused=True)).freeze()
     assert all((block.sum_bias is None) != left for block in frozen.res_blocks())
@@ -227,7 +229,7 @@ def test_a_sum_is_what_its_terms_add_up_to():
 def test_training_is_the_same_in_all_forms(name, monkeypatch):
     monkeypatch.setattr(blocks, "FEWEST_PIXELS", 1)
     (x, t), results, names = batch(CONFIGS[name], 4), [], []
-    for forms in (Forms(), Forms(transposed_upsampling=False)):
+    for forms in (Forms(), Forms(transposed_upsampling=False, skips_joined_by_norms=False)):
         unet = UNet(CONFIGS[name], forms)
         unet.load_state_dict(randomized(CONFIGS[name]).state_dict())
         out = unet(x, t)

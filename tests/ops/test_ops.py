@@ -58,7 +58,7 @@ def norm(shift: bool, dropout: bool) -> dict[str, Any]:
     return arguments | {"dropout": reference.Dropout(0.3, *address(2), 2) if dropout else None, "groups": 4}
 
 
-def sum_of(*terms: str) -> dict[str, Tensor]:
+def sum_of(*terms: str) -> dict[str, Any]:
     """Return what group_norm_silu_and_residual adds up and joins: 8 channels, and 4 beside them if asked for."""
     generator, channels = torch.Generator().manual_seed(2), 12 if "beside" in terms else 8
     weight, bias, shift = (torch.randn(size, generator=generator) for size in (channels, channels, (2, 8)))
