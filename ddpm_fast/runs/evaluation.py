@@ -12,6 +12,7 @@ Shapes: M images of the data set, N addresses, C channels, H x W pixels, T diffu
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -145,11 +146,17 @@ class EvaluationSet:
         return torch.cat(errors).float().cpu()
 
 
-def summary(errors: Errors) -> dict[str, float | list[float]]:
+def summary(errors: Errors) -> dict[str, Any]:
     """Return what metrics.jsonl says of an evaluation: the means, and the averaged weights' mean by band."""
-    means: dict[str, float | list[float]] = {name: float(values.double().mean()) for name, values in errors.items()}
-    means["bands"] = by_band(errors["ema"])
-    return means
+    means = {name: float(values.double().mean()) for name, values in errors.items()}
+    return {**means, "bands": by_band(errors["ema"])}
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """Return a summary as the progress line shows it, with the bands from almost pure noise to almost none."""
+    in_bands = " ".join(f"{value:.2g}" for value in found["bands"])
+    trained_on = f", of training images {found['training_ema']:.4f}" if "training_ema" in found else ""
+    return f"evaluation {found['ema']:.4f} ({in_bands}){trained_on}"
 
 
 def by_band(values: Tensor) -> list[float]:

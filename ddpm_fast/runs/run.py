@@ -179,7 +179,8 @@ class Run:
         with self.signals.held():
             metrics = self._write_metrics(evaluated)
         self._warn_if_not_learning(metrics["loss"])
-        self.progress.report(f"loss {metrics['loss']:.4f}" + _evaluation_loss(metrics))
+        found = metrics.get("evaluation")
+        self.progress.report(f"loss {metrics['loss']:.4f}" + (f", {evaluation.in_words(found)}" if found else ""))
 
     def _write_metrics(self, evaluated: evaluation.Errors | None) -> dict[str, Any]:
         """Write one line of metrics and return it; the loss is that of the steps since the last."""
@@ -252,7 +253,3 @@ class Run:
         if self.config.unet.image_channels in (1, 3):
             pixels = torch.from_numpy(to_uint8(samples))
             self.board.add_images("samples", pixels, self.trainer.step, dataformats="NHWC")
-
-
-def _evaluation_loss(metrics: dict[str, Any]) -> str:
-    return f", evaluation {metrics['evaluation']['ema']:.4f}" if "evaluation" in metrics else ""

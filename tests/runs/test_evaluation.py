@@ -154,3 +154,6 @@ def test_what_is_kept_comes_back_and_is_cut_back(tmp_path):
     summary = evaluation.summary(errors)
     assert summary["ema"] == pytest.approx(float(errors["ema"].mean()), rel=1e-6)
     assert len(evaluation.by_band(errors["ema"])) == BANDS
+    said = {"ema": 0.01479, "raw": 0.01631, "bands": [0.0014, 0.0113, 0.0494, 0.0112, 0.0007]}
+    assert evaluation.in_words(said) == "evaluation 0.0148 (0.0014 0.011 0.049 0.011 0.0007)"
+    assert evaluation.in_words(said | {"training_ema": 0.0135}).endswith(", of training images 0.0135")
