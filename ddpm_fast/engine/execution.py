@@ -24,6 +24,8 @@ RECOMPILE_LIMIT = 64
 """Shapes that one function may be compiled for in a process: a batch size each, and as many image sizes."""
 CPU_FLOP_RATE = 4e10
 """FLOP/s that one CPU core reaches in a small U-Net's forward pass on 64 images (measured: AVX2, float32)."""
+MOST_JOINED = 64
+"""Tensors that compiled code joins by one launch, instead of one each: the gradients of all blocks' shifts."""
 COMPILING_PAYS_FROM = 1800.0
 """Estimated seconds of eager sampling on a CPU: compiling takes a minute and saves 1% (cifar10) to 23% (digits)."""
 
@@ -48,7 +50,8 @@ class Execution:
             return function
         set_compile_cache()
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # --precision decides that
-        return cast(F, torch.compile(function, dynamic=False, fullgraph=True))
+        options = {"max_pointwise_cat_inputs": MOST_JOINED}
+        return cast(F, torch.compile(function, dynamic=False, fullgraph=True, options=options))
 
 
 EAGER = Execution()
