@@ -163,7 +163,7 @@ class TrainingConfig:
     save_every: int = 5000
     """Steps between two checkpoints; one more is written at the end."""
     sample_every: int = 5000
-    """Steps between two sample grids; one more is drawn at the end. 0 draws none at all."""
+    """Steps between two sample grids; cheap ones are drawn early, and one at the end. 0 draws none at all."""
 
     def __post_init__(self) -> None:
         require_types(self)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from ddpm_fast.checks.draws import with_least_unet
 from ddpm_fast.checks.loops import BATCH, images_of, relative, tolerance
@@ -44,7 +43,7 @@ SMALL: dict[str, Any] = {
 }
 """What replaces the fields of the run's U-Net."""
 CHECKPOINT, MODEL = "ddpm_fast/runs/checkpoint.py", "ddpm_fast/runs/trained_model.py"
-TRAINER, RUN = "ddpm_fast/engine/trainer.py", "ddpm_fast/runs/run.py"
+TRAINER, PREVIEWS = "ddpm_fast/engine/trainer.py", "ddpm_fast/runs/previews.py"
 
 
 def check_saved(config: Config, device: torch.device) -> Iterator[CheckResult]:
@@ -203,15 +202,15 @@ def _check_previews(config: Config) -> CheckResult:
     few = with_training(with_least_unet(few, (config.unet.image_channels, 4, 4)), batch_size=1, accumulate=1)
     blank, wrong = Dataset(np.zeros((1, 4, 4, config.unet.image_channels), np.uint8), "", ""), list[str]()
     with tempfile.TemporaryDirectory() as directory:
-        run = Run(Path(directory), few, blank, None, progress=False)
-        with SummaryWriter(directory) as run.board:
-            for seed, time in enumerate(("first", "second"), start=1):
-                _set_average(run.trainer, seed)
-                run.draw()
-                assert run.loop is not None
-                average = sampling.sampling_copy(_unet_with(few, run.trainer.ema, run.trainer.device), run.loop.dtype)
-                same = _equal(dict(run.loop.unet.named_parameters()), _copies(dict(average.named_parameters())))
-                wrong += [] if same else [time]
+        previews = Run(Path(directory), few, blank, None, progress=False).previews
+        for seed, time in enumerate(("first", "second"), start=1):
+            _set_average(previews.trainer, seed)
+            previews.draw(1)
+            assert previews.loop is not None
+            unet = _unet_with(few, previews.trainer.ema, previews.trainer.device)
+            average = sampling.sampling_copy(unet, previews.loop.dtype)
+            same = _equal(dict(previews.loop.unet.named_parameters()), _copies(dict(average.named_parameters())))
+            wrong += [] if same else [time]
     name, expected = "previews are drawn from the average", "the average of that moment"
     text = f"other weights the {wrong[0]} time" if wrong else expected
-    return CheckResult("ema", name, judged(not wrong), expected, text, f"{RUN} or {TRAINER}")
+    return CheckResult("ema", name, judged(not wrong), expected, text, f"{PREVIEWS} or {TRAINER}")

@@ -1,21 +1,17 @@
 """A training run: its progress, and how it stops. Its files are described in `directory`."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ddpm_fast.config import Config, SamplerConfig
+from ddpm_fast.config import Config
 from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import key_from_seed
-from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import EAGER, choose_device, choose_execution
-from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import writing
@@ -24,12 +20,11 @@ from ddpm_fast.runs import checkpoint, evaluation
 from ddpm_fast.runs.against import EITHER_WAY, Judge
 from ddpm_fast.runs.directory import amend_last_metrics, prepare, read_metrics
 from ddpm_fast.runs.evaluation import is_due
-from ddpm_fast.runs.grids import save_normalized_and_raw, to_uint8
+from ddpm_fast.runs.grids import to_uint8
+from ddpm_fast.runs.previews import Previews
 from ddpm_fast.runs.progress import TrainingProgress
 from ddpm_fast.runs.signals import InterruptedRunError, Signals
 
-GRID_SAMPLER = SamplerConfig("ddim", 50)
-"""What draws the grids during training: its first noise is the same every time, so that progress is seen."""
 SLOW_START_STEPS = 500
 """By this step, and after the warm-up, the loss must have fallen below that of predicting nothing."""
 
@@ -60,14 +55,14 @@ class Run:
             InputError: the directory cannot be written, or the checkpoint does not fit.
         """
         self.judge = judge
-        self.directory, self.config, self.dataset, self.bars = directory, config, dataset, progress
+        self.directory, self.config, self.dataset = directory, config, dataset
         device = choose_device(config.training.device)
         key = key_from_seed(config.training.seed, "cpu")
         source = BatchSource(dataset, key, device, config.data.holdout)
         self.evaluation_set = evaluation.EvaluationSet(config, dataset, device)
         execution = choose_execution(config.training.compile, config.training.capture, device)
         self.trainer = Trainer(config, source.batch, device, execution)
-        self.loop: SamplingLoop | None = None
+        self.previews = Previews(config, directory, self.trainer, progress)
         if found is not None:
             try:
                 self.trainer.load_state(found.step, {part: found.tensors(part) for part in checkpoint.TENSOR_FILES})
@@ -125,8 +120,7 @@ class Run:
             amend_last_metrics(self.directory, {"evaluation": evaluation.summary(self._evaluate())})
         if step > self._saved and (self.finished or step % training.save_every == 0):
             self.save()
-        if training.sample_every and step > 0 and (self.finished or step % training.sample_every == 0):
-            self.draw()
+        self._draw_if_due()
 
     def _evaluation_is_due(self) -> bool:
         training, step = self.config.training, self.trainer.step
@@ -229,27 +223,21 @@ class Run:
             self._saved = trainer.step
         return saved
 
-    def draw(self) -> None:
-        """Draw a grid of samples from the averaged weights, normalized and raw."""
-        unet = self.config.unet
-        count = 64 if unet.height * unet.width <= 64 * 64 else 16
-        sampler = replace(GRID_SAMPLER, steps=min(GRID_SAMPLER.steps, self.config.diffusion.timesteps))
-        with self.trainer.ema_weights() as averaged:
-            if self.loop is None:  # kept, so that it is compiled and captured once
-                table = sampler_table(self.config.diffusion, sampler)
-                self.loop = SamplingLoop(averaged, table, self.trainer.dtype, self.trainer.execution)
-            else:
-                self.loop.load_weights(averaged)
-        with self.progress.doing(f"drawing {count} images"):
-            images = ImageRange(self.config.training.seed, 0, count)
-            samples = sample(self.loop, images, progress=self.bars)
-            self._keep(samples)
-
-    def _keep(self, samples: Tensor) -> None:
-        directory = self.directory / "samples"
-        with writing(directory):
-            directory.mkdir(exist_ok=True)
-        save_normalized_and_raw(samples, directory, f"step-{self.trainer.step:07d}")
-        if self.config.unet.image_channels in (1, 3):
-            pixels = torch.from_numpy(to_uint8(samples))
-            self.board.add_images("samples", pixels, self.trainer.step, dataformats="NHWC")
+    def _draw_if_due(self) -> None:
+        """Draw a grid where one is due; one that nobody asked for may fail."""
+        pace = self.progress.seconds_per_step
+        count = self.previews.images_due(self.finished, self.progress.training_seconds, pace)
+        if not count:
+            return
+        images = f"{count} image" + ("s" if count > 1 else "")
+        with self.progress.doing(f"drawing {images}", self.previews.seconds(count, pace)):
+            try:
+                samples = self.previews.draw(count)
+            except MathematicsError as error:
+                if self.previews.asked_for(self.finished):
+                    raise
+                say(f"step {self.trainer.step:,}: no grid was drawn: {error}")
+                return
+            if self.config.unet.image_channels in (1, 3):
+                pixels = torch.from_numpy(to_uint8(samples))
+                self.board.add_images("samples", pixels, self.trainer.step, dataformats="NHWC")

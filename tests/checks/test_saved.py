@@ -15,14 +15,14 @@ from ddpm_fast.checks.saved import check_saved
 from ddpm_fast.config import Config, DiffusionConfig, TrainingConfig, UNetConfig
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.runs import checkpoint, grids, trained_model
-from ddpm_fast.runs.run import Run
+from ddpm_fast.runs.previews import Previews
 from tests.checks.planting import list_of_faults
 
 UNET = UNetConfig(3, 4, 8, 4, (1,), res_blocks=1, attention_resolutions=(), groups=2)
 DIFFUSION = DiffusionConfig(30, "cosine", prediction="v", variance="small")
 CONFIG = Config("digits", UNET, DIFFUSION, training=TrainingConfig(batch_size=2))
 GRIDS, CHECKPOINT, MODEL = "runs/grids.py", "runs/checkpoint.py", "runs/trained_model.py"
-TRAINER, RUN = "engine/trainer.py", "runs/run.py"
+TRAINER, PREVIEWS = "engine/trainer.py", "runs/previews.py"
 FAULTS, fault = list_of_faults()
 
 
@@ -175,22 +175,22 @@ def average_never_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "ema_weights", lend)
 
 
-@fault("ema", RUN)
+@fault("ema", PREVIEWS)
 def previews_of_the_raw_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = Run.draw
+    draw = Previews.draw
 
-    def raw(self):
+    def raw(self, count):
         self.trainer.ema, average = {name: p.detach() for name, p in self.trainer.parameters.items()}, self.trainer.ema
-        draw(self)
+        draw(self, count)
         self.trainer.ema = average
 
-    monkeypatch.setattr(Run, "draw", raw)
+    monkeypatch.setattr(Previews, "draw", raw)
 
 
-@fault("ema", RUN)
+@fault("ema", PREVIEWS)
 def previews_of_the_first_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = Run.draw
-    monkeypatch.setattr(Run, "draw", lambda self: None if self.loop else draw(self))
+    draw = Previews.draw
+    monkeypatch.setattr(Previews, "draw", lambda self, count: None if self.loop else draw(self, count))
 
 
 @pytest.mark.parametrize(("plant", "stage", "file"), FAULTS, ids=[plant.__name__ for plant, _, _ in FAULTS])
