@@ -123,7 +123,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     plain = {_plain(entry): entry for entry in known}
     meant = [entry for entry in MEANT.get(_plain(name), "").split() if entry in plain]
-    matches = meant or difflib.get_close_matches(_plain(name), plain, n=1, cutoff=CLOSE)
+    close = difflib.get_close_matches(_plain(name), plain, n=max(1, len(plain)), cutoff=CLOSE)
+    exchanged = [entry for entry in close if sorted(entry) == sorted(_plain(name))]  # ddmi is ddim, and not ddpm
+    matches = meant or exchanged or close
     return f" Did you mean {plain[matches[0]]!r}?" if matches else ""
 
 

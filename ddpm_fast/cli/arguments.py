@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from ddpm_fast.config import Config
+from ddpm_fast.config import Config, TrainingConfig
 from ddpm_fast.errors import require
 from ddpm_fast.options import LoadOptions, SamplingOptions, StartOptions
 from ddpm_fast.presets import PRESETS
@@ -37,11 +37,25 @@ class SampleArguments(LoadOptions, SamplingOptions):
 
 
 @dataclass(frozen=True)
+class CheckedTraining(TrainingConfig):
+    """Training's part of a configuration that is only checked: what no check looks at is not in the help."""
+
+    steps: tyro.conf.Suppress[int] = TrainingConfig.steps
+    log_every: tyro.conf.Suppress[int] = TrainingConfig.log_every
+    save_every: tyro.conf.Suppress[int] = TrainingConfig.save_every
+    sample_every: tyro.conf.Suppress[int] = TrainingConfig.sample_every
+
+
+OF_A_RUN = ("--device", "--kernels", "--no-kernels", "--accept", "--strict", "--no-strict")
+"""The flags that a trained run is checked with; all else is its own configuration's."""
+
+
+@dataclass(frozen=True)
 class CheckArguments:
     """Check the mathematics of a trained run, or of what the train flags describe."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""
-    """A run directory; left out, the flags below are checked."""
+    """A run directory, with --device, --kernels, --accept and --strict; left out, the flags below are checked."""
     config: Config = field(default_factory=lambda: PRESETS["digits"])
 
 

@@ -19,7 +19,15 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from ddpm_fast import __version__
-from ddpm_fast.cli.arguments import CheckArguments, CompareArguments, SampleArguments, SweepArguments, TrainArguments
+from ddpm_fast.cli.arguments import (
+    OF_A_RUN,
+    CheckArguments,
+    CheckedTraining,
+    CompareArguments,
+    SampleArguments,
+    SweepArguments,
+    TrainArguments,
+)
 from ddpm_fast.errors import InputError, MathematicsError, flag, nearest
 from ddpm_fast.options import StartOptions
 from ddpm_fast.presets import preset
@@ -139,9 +147,20 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
 
 
 def parse_check(arguments: Sequence[str]) -> CheckArguments:
-    """Parse check's flags over the preset's defaults."""
+    """Parse check's flags over the preset's defaults.
+
+    Raises:
+        InputError: a run is named, and a flag that its own configuration decides.
+    """
     default = preset(_value_of("--preset", arguments) or "digits")
-    return parse(CheckArguments, arguments, CheckArguments(config=default), "check")
+    if {"-h", "--help"}.intersection(arguments):  # flags of train are understood all the same
+        default = dataclasses.replace(default, training=CheckedTraining(**vars(default.training)))
+    parsed = parse(CheckArguments, arguments, CheckArguments(config=default), "check")
+    given = [argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
+    decided = [name for name in given if name not in OF_A_RUN]
+    if parsed.run and decided:
+        raise InputError(f"{decided[0]} cannot change {parsed.run}, a run that is configured already: leave out one")
+    return parsed
 
 
 def completion(shell: str) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 pytest.importorskip("tyro")
 import ddpm_fast
 from ddpm_fast.cli import main as cli
+from ddpm_fast.config import with_training
 from ddpm_fast.errors import InputError
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs.directory import read_config
@@ -87,6 +88,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sample", "RUN_OR_CHECKPOINT is missing: name a run directory or one of its checkpoints/step-*. See"),
         ("sample x --eta 2 --first-index -1", "--first-index is -1"),
         ("check nowhere", "nowhere does not exist"),
+        (
+            "check runs/digits-1 --device cpu --learning_rate=3",
+            "--learning-rate cannot change runs/digits-1, a run that",
+        ),
+        (
+            "sample nowhere --sampler ddmi",
+            "one of 'ddpm', 'ddim', 'dpm++'. Did you mean 'ddim'?",
+        ),
         ("--completion", "--completion needs the name of a shell: bash, zsh, fish."),
         ("--completion bsh", "Did you mean 'bash'?"),
     ],
@@ -265,6 +274,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_an_unwritable_out_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(f"train --out {tmp_path}/file/run {TINY_RUN}", capsys)
+
+
+def test_the_help_of_check_leaves_out_what_it_does_not_look_at(capsys):
+    status, out, _ = run("check --help", capsys)
+    assert status == 0
+    assert "--learning-rate" in out
+    assert not re.search(r"--steps|--log-every|--save-every|--sample-every", out)
+    assert cli.parse_check(["--save-every", "3"]).config == with_training(PRESETS["digits"], save_every=3)
 
 
 def test_help_explains_every_field(capsys):
