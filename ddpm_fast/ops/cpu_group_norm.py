@@ -7,14 +7,16 @@ channels. Shapes: N images, C channels, G groups, H x W pixels.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Compute `torch.nn.functional.group_norm`, by `narrow_group_norm` where that is faster, or the only way."""
+    """Compute `torch.nn.functional.group_norm`, by `narrow_group_norm` where that is faster, or the only way.
+
+    Without its refusal of a single image with groups of a single number, which are left with their bias.
+    """
     ours = pays_for(x, groups) or ends_pytorch(x, weight, bias)
-    return (narrow_group_norm if ours else F.group_norm)(x, groups, weight, bias, eps)
+    return (narrow_group_norm if ours else torch.group_norm)(x, groups, weight, bias, eps)
 
 
 def ends_pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> bool:

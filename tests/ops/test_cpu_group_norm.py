@@ -21,6 +21,12 @@ def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float64
     return x, weight, bias
 
 
+def test_a_group_of_one_number_is_left_with_its_bias():
+    x, weight, bias = torch.randn(1, 4, 1, 1), torch.ones(4), torch.arange(4.0)
+    rounding = 2 * torch.finfo(torch.float32).eps * EPS**-0.5 * float(x.abs().max())
+    torch.testing.assert_close(group_norm(x, 4, weight, bias, EPS).flatten(), bias, atol=rounding, rtol=0)
+
+
 @pytest.mark.parametrize("groups", [1, 4, 12])
 def test_it_is_pytorchs_group_norm(groups):
     x, weight, bias = tensors((3, 12, 5, 4))
