@@ -51,7 +51,7 @@ def check_as_run(trainer: Trainer, late: int) -> Iterator[CheckResult]:
         late: number of a step past the warm-up: a captured step must read its number from the device.
     """
     initial = copy_of_state(trainer)
-    perturb(trainer)
+    perturb(trainer.unet)
     start = copy_of_state(trainer)
     found = _take(trainer, start, late)
     put_back(trainer, initial)

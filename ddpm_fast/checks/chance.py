@@ -25,6 +25,19 @@ def of_sigmas(sigmas: float) -> float:
     return math.erfc(abs(sigmas) / math.sqrt(2)) if math.isfinite(sigmas) else 0.0
 
 
+def most_by_chance(variance: float, largest: float) -> float:
+    """Return how far from 0 a sum of independent numbers of mean 0 lies at most, but RARE times (Bernstein 1924).
+
+    Unlike a number of standard deviations, this holds for few numbers and for rare events, too.
+
+    Args:
+        variance: of the sum.
+        largest: size of one number.
+    """
+    exponent = math.log(2 / RARE)
+    return largest * exponent / 3 + math.sqrt((largest * exponent / 3) ** 2 + 2 * variance * exponent)
+
+
 def of_counts(counts: Tensor, shares: Tensor) -> float:
     """Return the chance of counts whose expected shares are given (Pearson's chi-square test)."""
     if len(counts) == 1:

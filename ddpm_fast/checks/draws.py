@@ -20,6 +20,8 @@ from ddpm_fast.errors import MathematicsError
 from ddpm_fast.ops import Ops
 
 CHANNELS = 4
+MOST_IMAGES = 2**13
+"""Of which is seen what becomes of them: enough to count flips."""
 SAMPLING_STEPS = 3
 IMAGE = torch.arange(CHANNELS * 6, dtype=torch.uint8).view(CHANNELS, 2, 3) * 11
 """[C, 2, 3]: every pixel differs from all others, so that mirroring and exchanged channels show."""
@@ -46,7 +48,7 @@ class TrainingDraws:
     eps: Tensor
     """[N, C, H, W] as it is added to the images."""
     x_start: Tensor
-    """[N, C, 2, 3], what becomes of N times `IMAGE`."""
+    """[min(N, MOST_IMAGES), C, 2, 3], what becomes of so many times `IMAGE`."""
     losses: Tensor
     """[N] of predicting zeros where eps is the target."""
 
@@ -75,7 +77,7 @@ class TrainingProbe:
 
     def draw(self, size: tuple[int, int], count: int) -> TrainingDraws:
         """Draw what training draws for `count` examples of H x W pixels."""
-        self._diffuse(IMAGE, count, signal=1.0, noise=0.0)
+        self._diffuse(IMAGE, min(count, MOST_IMAGES), signal=1.0, noise=0.0)
         x_start = self.listener.x_t
         losses = self._diffuse(torch.full((CHANNELS, *size), 255, dtype=torch.uint8), count, signal=0.0, noise=1.0)
         return TrainingDraws(self.listener.t, self.listener.x_t, x_start, losses)

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ddpm_fast.checks.chance import most_by_chance
 from ddpm_fast.checks.recording import Call, TrainingStep
 from ddpm_fast.checks.results import CheckResult, judged
 
-SIGMAS = 5.0
-"""Standard errors that a share may be off: 1 false alarm in 1.7 million."""
 SCALE_BOUND = 1e-3
 NORM, BLOCKS = "ddpm_fast/ops/reference.py", "ddpm_fast/model/blocks.py"
 
@@ -74,7 +73,8 @@ def check_dropout(steps: list[TrainingStep], fused: bool) -> Iterator[CheckResul
     others = by_examples.values()  # steps of the same examples, which would be a fault of their own, drop the same
     alike = _most_alike({key: mask for key, mask in masks.items() if key[0] in others}, share) if p else ""
     independent = n if not alike else min(mask[0].numel() for mask in masks.values())
-    right, file = abs(share - p) <= SIGMAS * (p * (1 - p) / independent) ** 0.5, f"{file} or {BLOCKS}"
+    most = most_by_chance(independent * p * (1 - p), max(p, 1 - p)) if p else 0.0
+    right, file = abs(share - p) * independent <= most, f"{file} or {BLOCKS}"
     expected = f"{p:.1%} of what is behind norm2" if p else "nothing"
     yield CheckResult("dropout", "dropout drops its share", judged(right), expected, f"{share:.2%}", file)
     if p == 0:
@@ -89,20 +89,23 @@ def check_dropout(steps: list[TrainingStep], fused: bool) -> Iterator[CheckResul
 
 
 def _most_alike(masks: Masks, p: float) -> str:
-    """Return which masks agree more, or less, often than independent ones, or nothing."""
+    """Return which masks go together, or nothing: how far each is from p is multiplied and added up.
+
+    Examples are compared with the one before and with the one behind, so that no pair shares an example with another.
+    """
     values, layers = list(masks.items()), {}
     pairs: list[tuple[str, Tensor, Tensor]] = []
     for (number, name), mask in values:
-        pairs += [(f"examples of {name}", mask[1:], mask[:-1])] if len(mask) > 1 else []
+        pairs += [(f"examples of {name}", mask[i + 1 :: 2], mask[i:-1:2]) for i in (0, 1) if len(mask) > i + 1]
         if (number, mask.shape) in layers:
             before, other = layers[number, mask.shape]
             pairs.append((f"{before} and {name}", other, mask))
         layers[number, mask.shape] = (name, mask)
         pairs += [(f"{name} in steps {number} and {n}", mask, m) for (n, o), m in values if o == name and n > number]
-    usual = p**2 + (1 - p) ** 2
     for words, one, other in pairs:
         both = ~(one + other).isnan()
-        agreement = float((one == other)[both].double().mean())
-        if abs(agreement - usual) > SIGMAS * (usual * (1 - usual) / max(int(both.sum()), 1)) ** 0.5 + 1e-9:
-            return f"{words} agree in {agreement:.0%} of all places, not {usual:.0%}"
+        a, b = one[both].double(), other[both].double()
+        if abs(float(((a - p) * (b - p)).sum())) > most_by_chance(len(a) * (p * (1 - p)) ** 2, max(p, 1 - p) ** 2):
+            usual = p**2 + (1 - p) ** 2
+            return f"{words} agree in {float((a == b).double().mean()):.0%} of all places, not {usual:.0%}"
     return ""

@@ -41,8 +41,8 @@ def check_examples(config: Config, dataset: Dataset, device: torch.device, full:
     images = len(dataset.images) if full else min(len(dataset.images), QUICK_IMAGES)
     numbered = _numbered(images)
     yield from check_epochs(config, numbered, device)
-    yield _check_steps(config, numbered, device)
     yield _check_images(config, dataset, device)
+    yield _check_steps(config, numbered, device)
 
 
 def _numbered(images: int) -> Dataset:

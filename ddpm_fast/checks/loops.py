@@ -5,6 +5,7 @@ network's output for that row's timestep, x0, the next x, the noise. So the firs
 Shapes: N images, K steps, S the U-Net's time shifts.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from ddpm_fast.diffusion.noise import key_from_seed
 from ddpm_fast.engine import sampling
 from ddpm_fast.errors import MathematicsError
 from ddpm_fast.model.unet import UNet
+from ddpm_fast.ops import REFERENCE
 
 BATCH = 2
 IMAGES = sampling.ImageRange(seed=2**32 + 5, first=17, count=3)
@@ -32,6 +34,8 @@ OUTPUTS = {torch.float32: 5e-3, torch.bfloat16: 0.1}
 for cifar10), where layers may take other forms in sampling; a wrong t or dropout makes half of their size."""
 EXACT = 1e-4
 """The same without TF32 (measured: 3e-6)."""
+ROUNDINGS, MOST_ROUNDING = 16, 1e-2
+"""How many times its own rounding a network may be off, which computes in another order; and what is none any more."""
 LARGE = 1e12
 """Beyond this, squares come near the end of float32."""
 LOOP, NETWORK = "ddpm_fast/engine/sampling.py", "ddpm_fast/model/unet.py or ddpm_fast/engine/sampling.py"
@@ -219,8 +223,20 @@ def _check_network(training: UNet, steps: list[Step], what: str, dtype: torch.dt
     truth = training(x, t.repeat_interleave(size)).split(size)
     off = [relative(found, right) for found, right in zip(outputs, truth, strict=True)]
     worst = max(range(len(steps)), key=lambda i: off[i])
+    if allowed < off[worst] < MOST_ROUNDING and dtype == torch.float32:
+        allowed += ROUNDINGS * _rounding_of(training, steps[worst], t[worst : worst + 1])
     found = f"{off[worst]:.1e} off in row {steps[worst].number} (t = {int(t[worst])})"
     return CheckResult("network", name, judged(off[worst] <= allowed), expected, found, NETWORK)
+
+
+def _rounding_of(training: UNet, step: Step, t: Tensor) -> float:
+    """Return how far the network's output is from itself in float64, relative to its size.
+
+    That is far where a group of a norm holds one number: it has no variance, so rounding is divided by sqrt(1e-6).
+    """
+    exact = copy.deepcopy(training).double().use(REFERENCE)
+    x, t = step.model_input, t.expand(len(step.x))
+    return relative(training(x, t), exact(x.double(), t))
 
 
 def _noise_of(loop: sampling.SamplingLoop, step: Step) -> Tensor:

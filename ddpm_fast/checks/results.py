@@ -66,10 +66,14 @@ def report(results: Iterable[CheckResult], full: bool = False, strict: bool = Fa
     """
     started, done = time.perf_counter(), list[CheckResult]()
     print("checking the mathematics" + (" in full" if full else ": "), end="\n" if full else "", flush=True)
-    for result in results:
-        done.append(result)
-        if full:
-            print(_shown(result), flush=True)
+    try:
+        for result in results:
+            done.append(result)
+            if full:
+                print(_shown(result), flush=True)
+    except Exception:  # what was wrong before may say why
+        print("".join(f"\n{_shown(result)}" for result in done if not result.passed and not full), flush=True)
+        raise
     counts = {verdict: sum(result.verdict is verdict for result in done) for verdict in Verdict}
     unusual = [result for result in done if not result.passed]
     wrong = counts[Verdict.WRONG] + strict * counts[Verdict.CHANGED]

@@ -25,6 +25,7 @@ from ddpm_fast.checks.loops import (
     without_dropout,
 )
 from ddpm_fast.checks.results import CheckResult, judged
+from ddpm_fast.checks.stand_in import affordable, perturb
 from ddpm_fast.checks.tables import (
     KNOWN_PREDICTIONS,
     KNOWN_SAMPLERS,
@@ -34,7 +35,7 @@ from ddpm_fast.checks.tables import (
     check_timesteps_of,
     unknown,
 )
-from ddpm_fast.config import DiffusionConfig, SamplerConfig, UNetConfig
+from ddpm_fast.config import DiffusionConfig, SamplerConfig
 from ddpm_fast.constants import Row
 from ddpm_fast.diffusion import samplers
 from ddpm_fast.engine import sampling
@@ -118,32 +119,12 @@ def check_loops(
         yield _check_execution(network.unet, diffusion, dtype, execution, graphs)
 
 
-def reduced(config: UNetConfig) -> UNetConfig:
-    """Return a smaller U-Net of the same structure: few channels, and maps as small as its levels allow."""
-    groups, least = min(config.groups, 4), 2 ** len(config.channel_multipliers)
-    factor = 1
-    while all(side % (2 * factor * least) == 0 for side in (config.height, config.width)):
-        factor *= 2
-    attention = tuple(resolution // factor for resolution in config.attention_resolutions)
-    smaller = {"height": config.height // factor, "width": config.width // factor, "attention_resolutions": attention}
-    return replace(config, channels=2 * groups, groups=groups, **smaller)
-
-
 def _smaller(unet: UNet) -> UNet:
     """Return a perturbed U-Net of the same structure on the same device, always the same one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        small = perturb(UNet(reduced(unet.config)).use(unet.ops), seed=0)
+        small = perturb(UNet(affordable(unet.config, QUICK_FLOP)).use(unet.ops))
     return small.to(unet.conv_in.weight.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-
-@torch.no_grad()
-def perturb(unet: UNet, seed: int) -> UNet:
-    """Add noise to all weights, in place: branches that begin near zero would hide their faults."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in unet.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
-    return unet
 
 
 def _check_new_weights(unet: UNet, diffusion: DiffusionConfig, dtype: torch.dtype) -> CheckResult:

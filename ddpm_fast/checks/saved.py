@@ -17,7 +17,7 @@ from ddpm_fast.checks.draws import with_least_unet
 from ddpm_fast.checks.loops import BATCH, images_of, relative, tolerance
 from ddpm_fast.checks.pictures import bands_of
 from ddpm_fast.checks.results import CheckResult, Stage, judged
-from ddpm_fast.checks.sampling import perturb
+from ddpm_fast.checks.stand_in import perturb
 from ddpm_fast.config import Config, SamplerConfig, SamplerName, with_training
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion import samplers

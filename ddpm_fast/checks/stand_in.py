@@ -19,19 +19,28 @@ FLOP = 4e9
 GPU_FLOP = 1e13
 
 
-def affordable(unet: UNetConfig, device: torch.device) -> UNetConfig:
-    """Return the U-Net, or one of the same kind that a check can run in seconds: fewer pixels, then fewer channels."""
-    limit = GPU_FLOP if device.type == "cuda" else FLOP
-    while flop_of(unet) * 2 > limit:
-        levels = len(unet.channel_multipliers)
-        if min(unet.height, unet.width) > 32 and min(unet.height, unet.width) >> levels >= 2:
-            attends = tuple(resolution // 2 for resolution in unet.attention_resolutions)
-            unet = replace(unet, height=unet.height // 2, width=unet.width // 2, attention_resolutions=attends)
-        elif unet.groups % 2 == 0 and unet.channels % 4 == 0:  # as many channels per group
-            unet = replace(unet, channels=unet.channels // 2, groups=unet.groups // 2)
-        else:
-            break
+def affordable(unet: UNetConfig, limit: float) -> UNetConfig:
+    """Return the U-Net, or one of the same kind of no more FLOPs per image: fewer pixels, then fewer channels."""
+    while flop_of(unet) > limit and (smaller := _with_fewer_pixels(unet) or _narrower(unet)) is not None:
+        unet = smaller
     return unet
+
+
+def _with_fewer_pixels(unet: UNetConfig) -> UNetConfig | None:
+    """Return the U-Net for half the height and width, unless few are left."""
+    levels, sides = len(unet.channel_multipliers), (unet.height, unet.width)
+    if min(sides) <= 32 or min(sides) >> levels < 2 or any(side % 2**levels for side in sides):
+        return None
+    attends = tuple(resolution // 2 for resolution in unet.attention_resolutions)
+    return replace(unet, height=unet.height // 2, width=unet.width // 2, attention_resolutions=attends)
+
+
+def _narrower(unet: UNetConfig) -> UNetConfig | None:
+    """Return the U-Net of half the channels, as many in a group if that is possible."""
+    channels, groups = unet.channels // 2, unet.groups if unet.groups % 2 else unet.groups // 2
+    if channels % 2 or any(channels * multiplier % groups for multiplier in unet.channel_multipliers):
+        return None
+    return replace(unet, channels=channels, groups=groups)
 
 
 @cache
@@ -46,8 +55,8 @@ def small_trainer(config: Config, batch: BatchFunction, device: torch.device) ->
 
     A batch stays in two parts where the run accumulates. The U-Net is the run's own if it is `affordable`.
     """
-    unet = affordable(config.unet, device)
     limit = GPU_FLOP if device.type == "cuda" else FLOP
+    unet = affordable(config.unet, limit / 2)
     examples = max(2, min(EXAMPLES, int(limit / flop_of(unet))) // 2 * 2)
     accumulate = min(config.training.accumulate, 2)
     config = with_training(config, batch_size=examples, accumulate=accumulate, precision="fp32")
@@ -61,15 +70,16 @@ def small_trainer(config: Config, batch: BatchFunction, device: torch.device) ->
 
 
 @torch.no_grad()
-def perturb(trainer: Trainer) -> None:
-    """Add noise to the weights, so that every branch matters: initially residual ones are 1e-5 of the trunk.
+def perturb(unet: UNet, seed: int = 0) -> UNet:
+    """Add noise to the weights, in place, so that every branch matters: initially residual ones are 1e-5 of the trunk.
 
     Each layer keeps the size of what passes through it, so that nothing overflows.
     """
-    generator = torch.Generator().manual_seed(0)
-    for parameter in trainer.parameters.values():
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in unet.parameters():
         spread = 0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
         parameter.add_(spread * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    return unet
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def _all(
     yield from check_schedule(config.diffusion, trainer.table)
     yield from check_training(trainer, config)
     yield from check_tables(config.diffusion, full)
-    perturb(trainer)
+    perturb(trainer.unet)
     execution = choose_execution(config.training.compile, config.training.capture, device)
     dtype = choose_dtype(config.training.precision, device)
     yield from check_loops(trainer.unet, config.diffusion, dtype, execution)

@@ -35,7 +35,7 @@ def check_training(trainer: Trainer, run: Config) -> Iterator[CheckResult]:
     start = copy_of_state(trainer)
     try:
         with exact_float32():
-            perturb(trainer)
+            perturb(trainer.unet)
             yield from _check_every_stage(trainer, run)
             put_back(trainer, start)
             yield check_fit(trainer, steps_to_check(run.training)[-1])

@@ -50,7 +50,7 @@ class Execution:
             return function
         set_compile_cache()
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # --precision decides that
-        options = {"max_pointwise_cat_inputs": MOST_JOINED}
+        options: dict[str, Any] = {"max_pointwise_cat_inputs": MOST_JOINED}
         return cast(F, torch.compile(function, dynamic=False, fullgraph=True, options=options))
 
 

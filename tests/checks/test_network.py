@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_fast.checks import stand_in, training
 from ddpm_fast.checks.results import CheckResult, Verdict
-from ddpm_fast.checks.stand_in import affordable, small_trainer
+from ddpm_fast.checks.stand_in import affordable, flop_of, small_trainer
 from ddpm_fast.checks.training import check_training
 from ddpm_fast.config import Config, TrainingConfig, UNetConfig
 from ddpm_fast.model.unet import UNet
@@ -177,8 +177,23 @@ def test_a_frozen_layer_is_named(monkeypatch):
 
 def test_a_network_that_takes_too_long_is_reduced_and_stays_of_its_kind():
     for name, config in PRESETS.items():
-        small = affordable(config.unet, torch.device("cpu"))
+        small = affordable(config.unet, 2e9)
         assert (small == config.unet) == (name == "digits")
+        assert flop_of(small) <= 2e9
         assert small.channels // small.groups == config.unet.channels // config.unet.groups
         assert len(small.attention_resolutions) == len(config.unet.attention_resolutions)
         assert small.channel_multipliers == config.unet.channel_multipliers
+
+
+@pytest.mark.parametrize(
+    "unet",
+    [
+        UNetConfig(3, 32, 32, 96, (1, 2), groups=3, attention_resolutions=(16,)),
+        UNetConfig(3, 32, 32, 128, (1, 2), groups=1, attention_resolutions=()),
+        UNetConfig(3, 36, 60, 128, (1, 1, 2), attention_resolutions=(9,)),
+        UNetConfig(1, 37, 41, 128, (1,), attention_resolutions=()),
+    ],
+    ids=["odd-groups", "one-group", "sides-that-halve-no-more", "odd-sides"],
+)
+def test_any_network_is_reduced(unet):
+    assert flop_of(affordable(unet, 1e8)) <= 1e8

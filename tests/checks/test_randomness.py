@@ -277,3 +277,7 @@ def test_chances_are_right():
     z = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     distribution = next(p for name, p in chance.of_normal(z).items() if name.startswith("distribution"))
     assert distribution == pytest.approx(min(1, stats.kstest(z.numpy(), "norm").pvalue), abs=0.02)
+    for n, p in ((30, 0.01), (30, 0.9), (5000, 0.1), (5000, 0.5)):
+        most = chance.most_by_chance(n * p * (1 - p), max(p, 1 - p))
+        rarer = stats.binom.sf(n * p + most, n, p) + stats.binom.cdf(n * p - most, n, p)
+        assert chance.RARE * 1e-7 < rarer <= chance.RARE or most > n * max(p, 1 - p)

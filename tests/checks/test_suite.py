@@ -153,6 +153,16 @@ def test_what_is_changed_fails_only_if_strict(capsys):
     assert (status, "leave out --strict" in out) == (3, True)
 
 
+def test_what_was_wrong_before_a_crash_is_told(capsys):
+    def lines() -> Iterator[CheckResult]:
+        yield line("data", Verdict.WRONG)
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        report(lines())
+    assert "FAIL    two is two" in capsys.readouterr().out
+
+
 def test_an_accepted_stage_is_changed_and_no_other_one():
     lines = [line("ema", Verdict.WRONG), line("sampler", Verdict.WRONG), line("ema", Verdict.RIGHT)]
     found = [result.verdict for result in accepting(lines, ("ema",))]

@@ -109,6 +109,7 @@ RIGHT = {
     "x0": replace(CONFIG, diffusion=DiffusionConfig(50, "sigmoid", prediction="x0"), data=DataConfig()),
     "unclipped": with_training(CONFIG, clip_norm=0.0, warmup_steps=0, min_snr_gamma=1.0),
     "one-channel-groups": replace(CONFIG, unet=replace(UNET, groups=8, dropout=0.0)),
+    "three-groups": replace(CONFIG, unet=replace(UNET, channels=6, groups=3)),
     "one-timestep": replace(CONFIG, diffusion=DiffusionConfig(1)),
 }
 
