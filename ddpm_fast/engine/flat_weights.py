@@ -6,13 +6,14 @@ checkpoint, is a view. P numbers lie there: those of all parameters, and zeros u
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.config import TrainingConfig
 from ddpm_fast.constants import STEP_FIGURE, STEP_NUMBER, StepFigures, StepNumbers
+from ddpm_fast.model.blocks import Attention
 from ddpm_fast.model.unet import UNet
 
 ALIGNMENT = 64
@@ -22,12 +23,21 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 """A checkpoint's tensors by part, "model", "ema" or "optimizer", and name."""
 
 
-def places(parameters: Iterable[Tensor]) -> tuple[list[int], int]:
-    """Return where each parameter begins, and P, where the last one's place ends."""
-    starts, end = [], 0
-    for parameter in parameters:
-        starts.append(end)
-        end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+JOINED = ("to_q", "to_k", "to_v")
+"""Layers of an attention whose weights lie one behind the other, and whose biases do: they are one product."""
+
+
+def places(parameters: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
+    """Return where each parameter begins, by name, and P, where the last one's place ends."""
+    starts, end = dict[str, int](), 0
+    for name in parameters:
+        layer, _, kind = name.rpartition(".")
+        attention, _, part = layer.rpartition(".")
+        together = [f"{attention}.{one}.{kind}" for one in JOINED] if part in JOINED else [name]
+        for one in together:
+            if one not in starts:
+                starts[one] = end
+                end += -(-parameters[one].numel() // ALIGNMENT) * ALIGNMENT
     return starts, end
 
 
@@ -42,8 +52,7 @@ class FlatWeights:
             dtype: of its arithmetic. If that is not float32, `network` is a copy that computes in it.
         """
         self.parameters, device = dict(unet.named_parameters()), unet.conv_in.weight.device
-        starts, size = places(self.parameters.values())
-        self._starts = dict(zip(self.parameters, starts, strict=True))
+        self._starts, size = places(self.parameters)
         self.weights, self.exp_avg, self.exp_avg_sq, self.gradient = (
             torch.zeros(size, device=device) for _ in range(4)
         )
@@ -56,6 +65,9 @@ class FlatWeights:
         self.network = unet if self.low_precision is None else self._copy_in(self.low_precision, unet)
         self.gradients = self.named(self.gradient)
         self._computing = dict(self.network.named_parameters())
+        self._places = dict(self.gradients)
+        for attention, layer in self._joined(self.gradient).items():
+            self._places |= {f"{attention}.joined.{kind}": place for kind, place in layer.items()}
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Return a tensor [P] as parameters: views by their names."""
@@ -71,7 +83,25 @@ class FlatWeights:
         places = self.named(low_precision)
         for name in low:
             network.get_parameter(name).data = places[name]
+        for name, layer in self._joined(low_precision).items():
+            attention = network.get_submodule(name)
+            assert isinstance(attention, Attention)
+            attention.join(**layer)
         return network
+
+    def _joined(self, flat: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Return, by attention, where in a tensor [P] the weights of q, k and v lie as one [3 * C, C], and the biases.
+
+        Attentions are left out where they do not, as `ALIGNMENT` leaves gaps, or where not all of them learn.
+        """
+        found = {}
+        for name in [name.removesuffix(".to_q.weight") for name in self.parameters if name.endswith(".to_q.weight")]:
+            parts = [self.parameters[f"{name}.{layer}.{kind}"] for layer in JOINED for kind in ("weight", "bias")]
+            if all(part.numel() % ALIGNMENT == 0 and part.requires_grad for part in parts):
+                starts = (self._starts[f"{name}.{JOINED[0]}.{kind}"] for kind in ("weight", "bias"))
+                weight, bias = (flat[at : at + 3 * part.numel()] for at, part in zip(starts, parts[:2], strict=True))
+                found[name] = {"weight": weight.view(-1, parts[0].shape[1]), "bias": bias}
+        return found
 
     def collect_gradients(self, add: bool) -> None:
         """Move what a backward pass left in the network's parameters to `gradient`, in float32.
@@ -84,8 +114,8 @@ class FlatWeights:
             found = {name: p.grad for name, p in self._computing.items() if p.dtype == dtype and p.grad is not None}
             collect = torch._foreach_add_ if add else torch._foreach_copy_
             if found:
-                collect([self.gradients[name] for name in found], list(found.values()))
-        without = [self.gradients[name] for name, p in self._computing.items() if p.grad is None]
+                collect([self._places[name] for name in found], list(found.values()))
+        without = [self._places[name] for name, p in self._computing.items() if p.grad is None]
         if without and not add:  # a layer that this step left out: else the last step's gradient would count again
             torch._foreach_zero_(without)
         for parameter in self._computing.values():

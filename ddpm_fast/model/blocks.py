@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self.frozen: nn.Linear | None = None  # the three in one
+        self.joined: nn.Linear | None = None  # the three in one, where they lie side by side in memory
         self.leaves_sums = False
 
     def leave_sums(self) -> None:
@@ -128,7 +128,13 @@ class Attention(nn.Module):
     def freeze(self) -> None:
         """Stack the weights once, instead of in every call."""
         channels = self.to_q.in_features
-        self.frozen = constant(nn.Linear(channels, 3 * channels, device="meta"), *self.stacked())
+        self.joined = constant(nn.Linear(channels, 3 * channels, device="meta"), *self.stacked())
+
+    def join(self, weight: Tensor, bias: Tensor) -> None:
+        """Compute, and learn, with weights and biases that are `stacked` already, in place of the three layers."""
+        self.joined = nn.Linear(self.to_q.in_features, len(bias), device="meta")
+        self.joined.weight, self.joined.bias = nn.Parameter(weight), nn.Parameter(bias)
+        del self.to_q, self.to_k, self.to_v
 
     @property
     def output(self) -> nn.Linear:
@@ -139,7 +145,7 @@ class Attention(nn.Module):
         h, past = self.group_norm(x)
         height, width = h.shape[2:]
         pixels = h.flatten(2).transpose(1, 2)  # [N, H*W, C]
-        qkv = F.linear(pixels, *self.stacked()) if self.frozen is None else self.frozen(pixels)
+        qkv = F.linear(pixels, *self.stacked()) if self.joined is None else self.joined(pixels)
         q, k, v = qkv[:, None].chunk(3, dim=3)
         mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # scale C^-0.5
         h = self.output(mixed).transpose(1, 2).unflatten(2, (height, width))

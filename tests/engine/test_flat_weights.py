@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.config import Config, DiffusionConfig, UNetConfig, with_training
+from ddpm_fast.engine import flat_weights
 from ddpm_fast.engine.flat_weights import ALIGNMENT, FlatWeights
 from ddpm_fast.engine.trainer import Trainer, new_unet
+from ddpm_fast.model.blocks import Attention
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.presets import PRESETS
 
@@ -48,8 +50,9 @@ def test_parameters_keep_values_and_layout_and_do_not_overlap(dtype):
         assert torch.equal(new, old), name
         assert new.stride() == old.stride(), name
         assert torch.equal(flat.named(flat.ema)[name], old), name
-    starts = [parameter.storage_offset() for parameter in unet.parameters()]
-    ends = [start + parameter.numel() for start, parameter in zip(starts, unet.parameters(), strict=True)]
+    parameters = sorted(unet.parameters(), key=Tensor.storage_offset)
+    starts = [parameter.storage_offset() for parameter in parameters]
+    ends = [start + parameter.numel() for start, parameter in zip(starts, parameters, strict=True)]
     assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
     assert all(a < b and a % ALIGNMENT == 0 for a, b in pairwise(starts))
     assert len({p.untyped_storage().data_ptr() for p in unet.parameters()}) == 1
@@ -71,9 +74,16 @@ def autocast_losses(made: Trainer) -> Tensor:
     return losses
 
 
-def test_in_bfloat16_losses_and_gradients_are_those_of_autocast():
-    """The same roundings in the same places: shifts with conv1's bias in float32, norms' parameters in float32."""
+@pytest.mark.parametrize("alignment", [ALIGNMENT, 8])
+def test_in_bfloat16_losses_and_gradients_are_those_of_autocast(alignment, monkeypatch):
+    """The same roundings in the same places: shifts with conv1's bias in float32, norms' parameters in float32.
+
+    Where 8 numbers are a place's multiple, q, k and v have no gaps between them, and are one layer.
+    """
+    monkeypatch.setattr(flat_weights, "ALIGNMENT", alignment)
     made = trainer()
+    joined = [module.joined is not None for module in made.flat.network.modules() if isinstance(module, Attention)]
+    assert joined == [alignment == 8] * 4
     made.load_batch()
     loss = made.backward()
     ours = [gradient.clone() for gradient in made.gradients.values()]
@@ -108,6 +118,18 @@ def test_the_copy_in_bfloat16_is_rounded_from_the_weights_after_every_step():
         for name, parameter in made.parameters.items():
             assert torch.equal(computing[name], parameter.bfloat16() if name in low else parameter), name
     assert {p.dtype for name, p in computing.items() if ".norm" in name or "conv1.bias" in name} == {torch.float32}
+
+
+def test_q_k_and_v_learn_as_one_layer_what_they_learn_as_three(monkeypatch):
+    """In several steps, with gradients added up from parts: the copy that computes moves with the weights."""
+    apart = trainer(accumulate=2)
+    monkeypatch.setattr(flat_weights, "ALIGNMENT", 8)
+    joined = trainer(accumulate=2)
+    for _ in range(3):
+        apart.train_step_no_sync()
+        joined.train_step_no_sync()
+    for name, weight in joined.parameters.items():  # the norm of all gradients is added up in another order
+        torch.testing.assert_close(weight, apart.parameters[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_parts_gradients_are_added_in_float32():

@@ -32,7 +32,7 @@ def expected(launch: Launch) -> tuple[int, int]:
 def specialisations() -> Iterator[Specialisation]:
     for config in {config.unet: config for config in CONFIGS}.values():
         with torch.device("meta"):
-            P = places(UNet(config.unet).parameters())[1]
+            P = places(dict(UNet(config.unet).named_parameters()))[1]
         state = [empty(P) for _ in range(4)]
         numbers, figures = empty(len(STEP_NUMBER), dtype=torch.int64), empty(len(STEP_FIGURE))
         for copied in (None, empty(P, dtype=torch.bfloat16)):
