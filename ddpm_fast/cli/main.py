@@ -9,12 +9,10 @@ import contextlib
 import dataclasses
 import gc
 import io
-import itertools
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import tyro
 
@@ -28,12 +26,11 @@ from ddpm_fast.cli.arguments import (
     SweepArguments,
     TrainArguments,
 )
-from ddpm_fast.errors import InputError, MathematicsError, flag, nearest
+from ddpm_fast.cli.parsing import own_flags, parse, value_of
+from ddpm_fast.errors import InputError, MathematicsError, nearest
 from ddpm_fast.options import StartOptions
 from ddpm_fast.presets import preset
 from ddpm_fast.runs.signals import InterruptedRunError, Signals
-
-T = TypeVar("T")
 
 USAGE = """usage: ddpm-fast COMMAND [flags]
 
@@ -60,86 +57,15 @@ complete -o default -F _ddpm_fast ddpm-fast
 """
 BROKEN_PIPE = 141
 """The exit status of what is piped into `head` and has more to say: 128 + SIGPIPE, as of other programs."""
-A_RUN = "RUN_OR_CHECKPOINT is missing: name a run directory or one of its checkpoints/step-*"
-REWORDED = [
-    (r"^Error parsing ", ""),
-    (r"^(config\.\w+|start|\w+Arguments): ", ""),
-    (r"^Missing from .*: RUN_OR_.*", A_RUN),
-    (r"^Missing value for argument '(\S+)'.*", r"\1 needs a value"),
-    (r"^(\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2: it must be a whole number"),
-    (r"^(\S+): could not convert string to float: (.*)", r"\1 is \2: it must be a number"),
-    (r"^(\S+): Could not find valid parse for arguments: (.*)", r"\1 is \2: it must be whole numbers"),
-    (r"^invalid choice (.*?) for argument '(\S+)'\. Expected one of \((.*)\)", r"\2 is \1: it must be one of \3"),
-    (r"^Unrecognized options: (.*)", r"not understood: \1"),
-]
-"""tyro's sentences in the words of our own, see `errors.require_types`."""
-
-
-def _flags_of(cls: Any) -> list[str]:
-    """Return every flag name of a dataclass, nested parts flattened."""
-    flags: list[str] = []
-    for f in dataclasses.fields(cls):
-        if f.name in ("run", "runs"):  # what is named without a flag
-            continue
-        value = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-        flags += _flags_of(type(value)) if dataclasses.is_dataclass(value) else [flag(f.name)]
-    return flags
-
-
-def _one_line(box: str) -> str:
-    """Take the message, the first paragraph, out of tyro's boxed error; suggest the nearest valid choice."""
-    # The box is drawn in Unicode or in ASCII, as the terminal allows; rules become empty lines.
-    lines = [re.sub(r"^[-─+]{3,}$", "", line.strip("│|╭╮╰╯ ")) for line in box.splitlines()[1:]]
-    message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
-    for pattern, words in REWORDED:
-        message = re.sub(pattern, words, message)
-    message = (message or "the flags cannot be read").rstrip(".") + "."
-    choice = re.search(r" is '(.*?)': it must be one of (.*)", message)
-    return message + nearest(choice[1], re.findall(r"'(.*?)'", choice[2])) if choice else message.replace("?.", "?")
-
-
-def parse(cls: type[T], arguments: Sequence[str], default: T | None = None, command: str = "") -> T:
-    """Parse flags into a dataclass.
-
-    Raises:
-        InputError: a flag or value is unknown; the nearest valid flag is suggested.
-        SystemExit: --help was asked for.
-    """
-    flags = [*_flags_of(cls), "--help"]
-    known = [*flags, *(f"--no-{name[2:]}" for name in flags)]
-    for argument in arguments:
-        name = argument.split("=")[0].replace("_", "-")
-        if name.startswith("--") and name not in known:
-            raise InputError(f"unknown flag {name}.{nearest(name, known)} See ddpm-fast {command} --help")
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(cls, args=list(arguments), prog=f"ddpm-fast {command}", config=flat, **options)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise InputError(f"{_one_line(errors.getvalue())} See ddpm-fast {command} --help") from None
-
-
-def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """Return the value of a flag that must be known before the others are parsed."""
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.split("=", 1)[1]
-    return None
 
 
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
     """Parse train's flags over the preset's defaults, or over the run's that is continued or judged against."""
-    name, against = _value_of("--preset", arguments), _value_of("--against", arguments)
+    name, against = value_of("--preset", arguments), value_of("--against", arguments)
     if "--resume" in arguments or against is not None:
         from ddpm_fast.api import starting_config
 
-        start = StartOptions(_value_of("--out", arguments) or "", "--resume" in arguments, against or "")
+        start = StartOptions(value_of("--out", arguments) or "", "--resume" in arguments, against or "")
         default = starting_config(name, start)
     else:
         default = preset(name or "digits")
@@ -152,7 +78,7 @@ def parse_check(arguments: Sequence[str]) -> CheckArguments:
     Raises:
         InputError: a run is named, and a flag that its own configuration decides.
     """
-    default = preset(_value_of("--preset", arguments) or "digits")
+    default = preset(value_of("--preset", arguments) or "digits")
     if {"-h", "--help"}.intersection(arguments):  # flags of train are understood all the same
         default = dataclasses.replace(default, training=CheckedTraining(**vars(default.training)))
     parsed = parse(CheckArguments, arguments, CheckArguments(config=default), "check")
@@ -278,7 +204,7 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _sweep(arguments: list[str]) -> int:
-    own, grid = _own_flags(SweepArguments, arguments)
+    own, grid = own_flags(SweepArguments, arguments)
     parsed = parse(SweepArguments, own, command="sweep")
     from ddpm_fast.cli.sweeping import prepare, sweep
 
@@ -288,22 +214,3 @@ def _sweep(arguments: list[str]) -> int:
         for name, flags in plan.combinations().items()
     }
     return sweep(parsed, plan, tried)
-
-
-def _own_flags(cls: Any, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part the flags of a dataclass, with their values, from all others."""
-    own, others = list[str](), list[str]()
-    names = (*_flags_of(cls), "-h", "--help")
-    target = others
-    for argument in arguments:
-        if argument.startswith("-") and not _is_number(argument):
-            target = own if argument.split("=")[0].replace("_", "-") in names else others
-        target.append(argument)
-    return own, others
-
-
-def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        float(text)
-        return True
-    return False

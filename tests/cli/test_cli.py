@@ -15,9 +15,6 @@ from PIL import Image
 pytest.importorskip("tyro")
 import ddpm_fast
 from ddpm_fast.cli import main as cli
-from ddpm_fast.config import with_training
-from ddpm_fast.errors import InputError
-from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs.directory import read_config
 
 TINY = "--channels 8 --channel-multipliers 1 --res-blocks 1 --attention-resolutions --groups 4 --batch-size 4"
@@ -274,30 +271,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_an_unwritable_out_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(f"train --out {tmp_path}/file/run {TINY_RUN}", capsys)
-
-
-def test_the_help_of_check_leaves_out_what_it_does_not_look_at(capsys):
-    status, out, _ = run("check --help", capsys)
-    assert status == 0
-    assert "--learning-rate" in out
-    assert not re.search(r"--steps|--log-every|--save-every|--sample-every", out)
-    assert cli.parse_check(["--save-every", "3"]).config == with_training(PRESETS["digits"], save_every=3)
-
-
-def test_help_explains_every_field(capsys):
-    status, out, _ = run("train --help", capsys)
-    assert status == 0
-    for flag in cli._flags_of(cli.TrainArguments):
-        assert flag in out or flag.replace("--", "--no-") in out
-    assert out.count("(default:") >= len(cli._flags_of(cli.TrainArguments)) - 5  # the rest wraps over a line's end
-
-
-def test_presets_give_the_defaults():
-    parsed = cli.parse_train(["--preset", "church256", "--seed", "4"])
-    assert parsed.config.unet == PRESETS["church256"].unet
-    assert parsed.config.training.seed == 4
-    with pytest.raises(InputError, match="unknown flag"):
-        cli.parse_train(["--bogus"])
 
 
 def test_a_run_is_checked_as_asked_not_as_it_was_trained(trained, capsys):
