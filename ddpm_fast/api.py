@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
+
 from ddpm_fast.checks.results import report
 from ddpm_fast.checks.suite import check_run
 from ddpm_fast.config import Config
 from ddpm_fast.data.dataset import open_dataset
+from ddpm_fast.engine.threads import choose_threads
 from ddpm_fast.errors import MathematicsError, require
 from ddpm_fast.files import require_writable
 from ddpm_fast.options import LoadOptions, StartOptions
@@ -132,6 +135,7 @@ def train_config(
     """
     training, resume = config.training, start.resume
     device = prepare_device(training.device, training.precision)
+    threads = choose_threads() if device.type == "cpu" else torch.get_num_threads()
     directory = Path(start.out) if start.out else next_free(Path("runs"), config.preset)
     require_writable(directory)
     dataset = open_dataset(config.data, config.unet, progress)
@@ -152,7 +156,8 @@ def train_config(
         if report(check_run(config, dataset, device), strict=config.checks.strict):
             raise MathematicsError("the mathematics is wrong: nothing was trained")
         run = Run(directory, config, dataset, found, progress, judge)
-        on = f"{device.type}, {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"
+        on = f"{device.type} ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else device.type
+        on += f", {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"
         if judge is not None:
             judge.recall(directory)
         origin.write(directory, run.trainer.step, device)

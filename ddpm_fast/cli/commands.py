@@ -14,6 +14,7 @@ from ddpm_fast.checks.suite import check_run, report_kernels
 from ddpm_fast.cli.arguments import SampleArguments
 from ddpm_fast.config import CheckConfig, Config, with_training
 from ddpm_fast.data.dataset import open_dataset
+from ddpm_fast.engine.threads import choose_threads
 from ddpm_fast.files import replace_file, require_writable
 from ddpm_fast.options import StartOptions
 from ddpm_fast.runs import checkpoint, origin
@@ -55,6 +56,8 @@ def sample(arguments: SampleArguments) -> int:
     """Make images of a checkpoint and write them; returns the exit status."""
     started = time.perf_counter()
     model = Model(Path(arguments.run), arguments)
+    if model.device.type == "cpu":
+        choose_threads()
     steps = arguments.steps or model.config.diffusion.timesteps
     directory = Path(arguments.out or _default_out(model.path, f"{arguments.sampler}-{steps}-seed{arguments.seed}"))
     require_writable(directory)
@@ -127,6 +130,8 @@ def check(config: Config, run: str) -> int:
         checks = CheckConfig(found.config.checks.accept + config.checks.accept, config.checks.strict)
         config = replace(with_training(found.config, device=asked.device, kernels=asked.kernels), checks=checks)
     device = prepare_device(config.training.device, config.training.precision)
+    if device.type == "cpu":
+        choose_threads()
     dataset = open_dataset(config.data, config.unet, progress=_progress())
     results = check_run(config, dataset, device, found, full=True)
     return report(results, full=True, strict=config.checks.strict) or report_kernels(config, device)

@@ -27,6 +27,7 @@ from ddpm_fast.cli.arguments import (
     TrainArguments,
 )
 from ddpm_fast.cli.parsing import own_flags, parse, value_of
+from ddpm_fast.cli.waiting import wait_politely
 from ddpm_fast.errors import InputError, MathematicsError, nearest
 from ddpm_fast.options import StartOptions
 from ddpm_fast.presets import preset
@@ -160,6 +161,7 @@ def run(arguments: list[str]) -> int:
         if first not in commands:
             suggestion = nearest(first, commands)
             raise InputError(f"unknown command {first!r}: the commands are {', '.join(commands)}.{suggestion}")
+        wait_politely()
         with Signals():
             return commands[first](rest)
     except InputError as error:
