@@ -12,21 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-
 from ddpm_fast.checks.results import report
 from ddpm_fast.checks.suite import check_run
 from ddpm_fast.config import Config
 from ddpm_fast.data.dataset import open_dataset
-from ddpm_fast.engine.threads import choose_threads
 from ddpm_fast.errors import MathematicsError, require
 from ddpm_fast.files import require_writable
 from ddpm_fast.options import LoadOptions, StartOptions
 from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.presets import with_flags
-from ddpm_fast.runs import origin
+from ddpm_fast.runs import decisions, origin
 from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run
+from ddpm_fast.runs.decisions import settle
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.directory import find_start, read_config, read_metrics
 from ddpm_fast.runs.run import Run
@@ -135,8 +133,11 @@ def train_config(
     """
     training, resume = config.training, start.resume
     device = prepare_device(training.device, training.precision)
-    threads = choose_threads() if device.type == "cpu" else torch.get_num_threads()
     directory = Path(start.out) if start.out else next_free(Path("runs"), config.preset)
+    like = directory if resume else Path(start.against) if start.against else None
+    decided, differing = settle(training, decisions.read(like) if like else None)
+    for line in differing:
+        print(f"{like}: {line}; roundings will differ")
     require_writable(directory)
     dataset = open_dataset(config.data, config.unet, progress)
     if dataset.skipped:
@@ -155,13 +156,11 @@ def train_config(
     with enough_memory(device, training.batch_size // training.accumulate):
         if report(check_run(config, dataset, device), strict=config.checks.strict):
             raise MathematicsError("the mathematics is wrong: nothing was trained")
-        run = Run(directory, config, dataset, found, progress, judge)
-        on = f"{device.type} ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else device.type
-        on += f", {str(run.trainer.dtype).removeprefix('torch.')}, {run.trainer.execution}"
+        run = Run(directory, config, dataset, found, progress, judge, decided)
         if judge is not None:
             judge.recall(directory)
         origin.write(directory, run.trainer.step, device)
-        print(f"training {directory} on {on}: {training.steps} steps, {len(dataset)} images", flush=True)
+        print(f"training {directory} on {decided}: {training.steps} steps, {len(dataset)} images", flush=True)
         started = time.perf_counter()
         run.train()
     print(f"trained in {time.perf_counter() - started:.1f} s; grids in {directory / 'samples'}")

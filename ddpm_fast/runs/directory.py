@@ -1,7 +1,7 @@
 """A run's directory: its configuration and metrics on disk, and from where a run starts in it.
 
 runs/NAME/
-  config.json       the resolved configuration, versions, data fingerprint
+  config.json       the resolved configuration, versions, data fingerprint, and what was decided of threads and device
   metrics.jsonl     one line per logging interval
   evaluation/       what the network was off at each address, see `evaluation`
   samples/          normalized and raw grids
@@ -13,7 +13,7 @@ runs/NAME/
 import contextlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,15 @@ def find_start(run: Path, config: Config, fingerprint: str, resume: bool) -> che
     return found
 
 
-def prepare(run: Path, config: Config, fingerprint: str, step: int) -> None:
+def prepare(run: Path, config: Config, fingerprint: str, step: int, decided: Mapping[str, Any] | None = None) -> None:
     """Make the run directory, and cut its metrics and evaluations back to the step that the run starts from.
+
+    Args:
+        run: the directory.
+        config: the run's.
+        fingerprint: of its data.
+        step: that it starts from.
+        decided: how it computes, see `decisions`.
 
     Raises:
         InputError: it cannot be written.
@@ -102,7 +109,9 @@ def prepare(run: Path, config: Config, fingerprint: str, step: int) -> None:
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         versions = {"ddpm-fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        values = {"fingerprint": fingerprint, "versions": versions, "config": to_dict(config)}
+        values: dict[str, Any] = {"fingerprint": fingerprint, "versions": versions}
+        values |= {"decided": decided} if decided else {}
+        values |= {"config": to_dict(config)}
         replace_file(run / "config.json", checkpoint.to_json(values))
         _cut_metrics(run / "metrics.jsonl", step)
         evaluation.cut_back(run, step)

@@ -1,23 +1,25 @@
 """A training run: its progress, and how it stops. Its files are described in `directory`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from ddpm_fast.config import Config
+from ddpm_fast.config import Config, with_training
 from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import key_from_seed
-from ddpm_fast.engine.execution import EAGER, choose_device, choose_execution
+from ddpm_fast.engine.execution import EAGER
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import writing
 from ddpm_fast.progress import say
 from ddpm_fast.runs import checkpoint, evaluation
 from ddpm_fast.runs.against import EITHER_WAY, Judge
+from ddpm_fast.runs.decisions import Decisions, decide
 from ddpm_fast.runs.directory import amend_last_metrics, prepare, read_metrics
 from ddpm_fast.runs.evaluation import is_due
 from ddpm_fast.runs.grids import to_uint8
@@ -40,6 +42,7 @@ class Run:
         found: checkpoint.Checkpoint | None,
         progress: bool,
         judge: Judge | None = None,
+        decided: Decisions | None = None,
     ) -> None:
         """Set up the run in its directory, without training yet.
 
@@ -50,18 +53,19 @@ class Run:
             found: the checkpoint to continue from, see `find_start`.
             progress: show bars, instead of lines.
             judge: compares each evaluation with another run's, if given, and may end the run.
+            decided: how to compute, by default as the flags say on this machine.
 
         Raises:
             InputError: the directory cannot be written, or the checkpoint does not fit.
         """
         self.judge = judge
         self.directory, self.config, self.dataset = directory, config, dataset
-        device = choose_device(config.training.device)
+        decided = decided or decide(config.training)
+        device, execution = torch.device(decided.device), decided.execution
         key = key_from_seed(config.training.seed, "cpu")
         source = BatchSource(dataset, key, device, config.data.holdout)
         self.evaluation_set = evaluation.EvaluationSet(config, dataset, device)
-        execution = choose_execution(config.training.compile, config.training.capture, device)
-        self.trainer = Trainer(config, source.batch, device, execution)
+        self.trainer = Trainer(with_training(config, precision=decided.precision), source.batch, device, execution)
         self.previews = Previews(config, directory, self.trainer, progress)
         if found is not None:
             try:
@@ -73,7 +77,7 @@ class Run:
         self.trainer.undivided = self.signals.held
         untimed = 0 if execution == EAGER else WARM_UP_STEPS + 1
         self.progress = TrainingProgress(config, self.trainer.step, untimed, progress)
-        prepare(directory, config, dataset.fingerprint, self.trainer.step)
+        prepare(directory, config, dataset.fingerprint, self.trainer.step, asdict(decided))
         self._logged = max((line["step"] for line in read_metrics(directory)), default=0)
 
     @property
