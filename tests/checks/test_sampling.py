@@ -70,8 +70,8 @@ def time_embedding_that_differs_in_sampling(monkeypatch: pytest.MonkeyPatch) -> 
 def dropout_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, address = blocks.ResBlock.forward, unet.NoiseAddress(torch.zeros(2).long(), torch.arange(2))
 
-    def dropping(self, x, shift, dropout_address=None):
-        return forward(self, x, shift, dropout_address or address._replace(sample_index=torch.arange(len(x))))
+    def dropping(self, x, shift, dropout_address=None, *skip):
+        return forward(self, x, shift, dropout_address or address._replace(sample_index=torch.arange(len(x))), *skip)
 
     monkeypatch.setattr(blocks.ResBlock, "forward", dropping)
 
