@@ -1,6 +1,7 @@
 """The flags of each command, as dataclasses: tyro makes the parser and its help from them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import tyro
@@ -57,6 +58,18 @@ class CheckArguments:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""
     """A run directory, with --device, --kernels, --accept and --strict; left out, the flags below are checked."""
     config: Config = field(default_factory=lambda: PRESETS["digits"])
+
+    def for_help(self) -> "CheckArguments":
+        """Return the same, of which tyro shows no more than is checked; all of train's flags are understood."""
+        return replace(self, config=replace(self.config, training=CheckedTraining(**vars(self.config.training))))
+
+    def require_own_flags(self, arguments: Sequence[str]) -> None:
+        """Refuse a flag that a run's own configuration decides."""
+        given = [argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
+        for name in given if self.run else ():
+            require(
+                name in OF_A_RUN, f"{name} cannot change {self.run}, a run that is configured already: leave out one"
+            )
 
 
 @dataclass(frozen=True)

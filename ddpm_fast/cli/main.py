@@ -6,7 +6,6 @@ answers at once.
 """
 
 import contextlib
-import dataclasses
 import gc
 import io
 import os
@@ -17,15 +16,7 @@ from typing import NoReturn
 import tyro
 
 from ddpm_fast import __version__
-from ddpm_fast.cli.arguments import (
-    OF_A_RUN,
-    CheckArguments,
-    CheckedTraining,
-    CompareArguments,
-    SampleArguments,
-    SweepArguments,
-    TrainArguments,
-)
+from ddpm_fast.cli.arguments import CheckArguments, CompareArguments, SampleArguments, SweepArguments, TrainArguments
 from ddpm_fast.cli.parsing import own_flags, parse, value_of
 from ddpm_fast.cli.waiting import wait_politely
 from ddpm_fast.errors import InputError, MathematicsError, nearest
@@ -79,14 +70,10 @@ def parse_check(arguments: Sequence[str]) -> CheckArguments:
     Raises:
         InputError: a run is named, and a flag that its own configuration decides.
     """
-    default = preset(value_of("--preset", arguments) or "digits")
-    if {"-h", "--help"}.intersection(arguments):  # flags of train are understood all the same
-        default = dataclasses.replace(default, training=CheckedTraining(**vars(default.training)))
-    parsed = parse(CheckArguments, arguments, CheckArguments(config=default), "check")
-    given = [argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
-    decided = [name for name in given if name not in OF_A_RUN]
-    if parsed.run and decided:
-        raise InputError(f"{decided[0]} cannot change {parsed.run}, a run that is configured already: leave out one")
+    default = CheckArguments(config=preset(value_of("--preset", arguments) or "digits"))
+    asks = not {"-h", "--help"}.isdisjoint(arguments)
+    parsed = parse(CheckArguments, arguments, default.for_help() if asks else default, "check")
+    parsed.require_own_flags(arguments)
     return parsed
 
 

@@ -279,5 +279,6 @@ def test_chances_are_right():
     assert distribution == pytest.approx(min(1, stats.kstest(z.numpy(), "norm").pvalue), abs=0.02)
     for n, p in ((30, 0.01), (30, 0.9), (5000, 0.1), (5000, 0.5)):
         most = chance.most_by_chance(n * p * (1 - p), max(p, 1 - p))
-        rarer = stats.binom.sf(n * p + most, n, p) + stats.binom.cdf(n * p - most, n, p)
-        assert chance.RARE * 1e-7 < rarer <= chance.RARE or most > n * max(p, 1 - p)
+        assert stats.binom.sf(n * p + most, n, p) + stats.binom.cdf(n * p - most, n, p) <= chance.RARE
+        exact = max(stats.binom.isf(chance.RARE / 2, n, p) - n * p, n * p - stats.binom.ppf(chance.RARE / 2, n, p))
+        assert most < 3 * exact

@@ -87,7 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("check nowhere", "nowhere does not exist"),
         (
             "check runs/digits-1 --device cpu --learning_rate=3",
-            "--learning-rate cannot change runs/digits-1, a run that",
+            "--learning-rate cannot change runs/digits-1, a run",
         ),
         (
             "sample nowhere --sampler ddmi",
