@@ -15,13 +15,14 @@ from typing import Any, Unpack
 from ddpm_fast.checks.results import report
 from ddpm_fast.checks.suite import check_run
 from ddpm_fast.config import Config
+from ddpm_fast.data.batches import split
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.errors import MathematicsError, require
 from ddpm_fast.files import require_writable
 from ddpm_fast.options import LoadOptions, StartOptions
 from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.presets import with_flags
-from ddpm_fast.runs import decisions, origin
+from ddpm_fast.runs import decisions, evaluation, origin
 from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.decisions import settle
@@ -131,6 +132,7 @@ def train_config(
         progress: show bars.
         stops_at: verdicts that end the run, beside those of --until-decided.
     """
+    origin.remember()
     training, resume = config.training, start.resume
     device = prepare_device(training.device, training.precision)
     directory = Path(start.out) if start.out else next_free(Path("runs"), config.preset)
@@ -148,7 +150,7 @@ def train_config(
         judge = Judge(reference(start.against, config, dataset), config, ends)
     found = find_start(directory, config, dataset.fingerprint, resume)
     step = found.step if found else 0
-    if step >= training.steps:
+    if step >= training.steps and evaluation.read(directory, step) is not None:
         print(f"{directory} is finished: all {step} steps are done; raise --steps to go on")
         return _judged(directory, judge)
     if resume:
@@ -159,8 +161,10 @@ def train_config(
         run = Run(directory, config, dataset, found, progress, judge, decided)
         if judge is not None:
             judge.recall(directory)
+        trained, held_out = split(len(dataset), config.data.holdout)
+        images = f"{len(trained)}" + (f" + {len(held_out)} held-out" if len(held_out) else "")
         origin.write(directory, run.trainer.step, device)
-        print(f"training {directory} on {decided}: {training.steps} steps, {len(dataset)} images", flush=True)
+        print(f"training {directory} on {decided}: {training.steps} steps, {images} images", flush=True)
         started = time.perf_counter()
         run.train()
     print(f"trained in {time.perf_counter() - started:.1f} s; grids in {directory / 'samples'}")

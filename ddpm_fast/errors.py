@@ -65,6 +65,10 @@ class InputError(ValueError):
     """The user's input or request cannot be used: one line, exit status 2."""
 
 
+class NotEnoughMemoryError(InputError):
+    """A device's memory does not suffice for what was asked."""
+
+
 class MathematicsError(RuntimeError):
     """A check failed or a value was not finite: exit status 3."""
 

@@ -6,6 +6,7 @@ Shapes: M images of the data set, n examples, E epochs.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ def check_examples(config: Config, dataset: Dataset, device: torch.device, full:
     """
     images = len(dataset.images) if full else min(len(dataset.images), QUICK_IMAGES)
     numbered = _numbered(images)
+    if 0 < config.data.holdout < 1 / images:  # of fewer images than there are, one at least
+        config = replace(config, data=replace(config.data, holdout=1 / images))
     yield from check_epochs(config, numbered, device)
     yield _check_images(config, dataset, device)
     yield _check_steps(config, numbered, device)

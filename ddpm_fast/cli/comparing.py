@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from ddpm_fast.cli.arguments import CompareArguments
-from ddpm_fast.errors import InputError
+from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import require_writable
 from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, RecordedRun, open_run, table, what_differs
@@ -57,10 +58,8 @@ def _pictures(runs: list[RecordedRun], count: int) -> dict[Path, Image.Image]:
     for run in runs if count else ():
         try:
             model = Model(run.path, LoadOptions())
-        except InputError as error:
+            wanted = replace(SAMPLER, steps=min(SAMPLER.steps, model.config.diffusion.timesteps), count=count)
+            pictures[run.path] = grid(to_uint8(model.draw(wanted, progress=sys.stderr.isatty())))
+        except (InputError, MathematicsError) as error:
             print(f"no picture of {run.path}: {error}", file=sys.stderr)
-            continue
-        steps = min(SAMPLER.steps, model.config.diffusion.timesteps)
-        wanted = SamplingOptions(SAMPLER.sampler, steps, count=count)
-        pictures[run.path] = grid(to_uint8(model.draw(wanted, progress=sys.stderr.isatty())))
     return pictures

@@ -3,7 +3,8 @@
 The judge looks at the paired differences of `compare` as they come. A difference counts from the end of both runs'
 warm-up on, and decides when it is DECIDED standard errors from nothing in two evaluations one after the other: the
 errors at the addresses say how certain a difference is of these weights, and the second evaluation that it is not the
-last few batches' doing.
+last few batches' doing. What other seeds would have given is not known: runs of one seed share all chance that a change
+leaves them, and runs of two get no verdict.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from ddpm_fast.config import Config
 from ddpm_fast.data.dataset import Dataset
-from ddpm_fast.errors import InputError, flag
+from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file
 from ddpm_fast.runs import evaluation
 from ddpm_fast.runs.compare import (
@@ -28,13 +29,17 @@ from ddpm_fast.runs.compare import (
 
 DECIDED = 5.0
 """Standard errors from nothing at which a difference is believed."""
+FIRST_STEP = 100
+"""Before it no verdict is given: fewer addresses are evaluated, and little is trained."""
+LEAST_SHARE = 0.5
+"""Of the addresses, that two schedules must have in common for a verdict."""
+HORIZONS = 5
+"""Times 1 / (1 - decay) steps, after which an average has forgotten what came before."""
 IN_A_ROW = 2
 """Evaluations, one after the other, that must agree."""
 LOST = ("higher",)
 EITHER_WAY = ("lower", "higher")
 """Verdicts after which more steps change little: one of them, and both."""
-LATE_FLAGS = ("ema_decay", "steps")
-"""What changes nothing for long: no verdict on them is due while nothing differs."""
 
 
 def reference(path: str, config: Config, dataset: Dataset) -> RecordedRun:
@@ -56,16 +61,17 @@ def reference(path: str, config: Config, dataset: Dataset) -> RecordedRun:
     return run
 
 
-def acts_late(base: Config, other: Config) -> str:
-    """Say why two configurations that differ in late flags alone cannot differ yet, or "" where they may."""
+def acts_late(base: Config, other: Config) -> tuple[int, str]:
+    """Return the step up to which flags that act late keep a verdict from being given, and why; 0 where none does."""
     changed = changed_flags(base, other)
-    if not changed or not set(changed) <= set(LATE_FLAGS):
-        return ""
-    if "ema_decay" not in changed:
-        return "--steps changes nothing while both runs go on"
-    lower = min(changed["ema_decay"])
-    start = max(0, round((10 * lower - 1) / (1 - lower)))
-    return f"{flag('ema_decay')} acts late: both averages warm up alike to step {start:,}"
+    if "ema_decay" in changed:
+        lower, upper = sorted(changed["ema_decay"])
+        split = max(0, round((10 * lower - 1) / (1 - lower)))
+        end = split + round(HORIZONS / (1 - upper))
+        return end, f"--ema-decay acts late: both averages are alike to step {split:,}, and forget that by step {end:,}"
+    if set(changed) == {"steps"}:
+        return max(changed["steps"]), "--steps changes nothing while both runs go on"
+    return 0, ""
 
 
 @dataclass
@@ -82,36 +88,59 @@ class Judge:
         """Begin with what a run that is continued was found to be so far."""
         self.found = differences(self.base, open_run(run))
 
-    def look(self, step: int, errors: evaluation.Errors) -> Difference | None:
+    def look(self, step: int, evaluated: evaluation.Evaluation) -> Difference | None:
         """Compare an evaluation with the other run's at the same step; None where there is none."""
-        theirs = self.base.errors(step)
-        if theirs is None:
-            return None
-        self.found.append(difference(step, theirs["ema"], errors["ema"]))
-        return self.found[-1]
+        theirs = self.base.evaluated(step)
+        found = difference(step, theirs, evaluated) if theirs is not None else None
+        self.found += [] if found is None else [found]
+        return found
 
     @property
-    def warm_up(self) -> int:
-        """The step from which on a difference counts."""
+    def too_early(self) -> str:
+        """Why the last difference does not count yet, or ""."""
+        step, warm_up = self.found[-1].step, self._warm_up
+        end, reason = acts_late(self.base.config, self.config)
+        if step < end:
+            return reason
+        if step < max(warm_up, FIRST_STEP):
+            return (
+                f"the warm-up ends at step {warm_up:,}" if step < warm_up else f"step {step:,} of at least {FIRST_STEP}"
+            )
+        return ""
+
+    @property
+    def _warm_up(self) -> int:
         return max(config.training.warmup_steps for config in (self.base.config, self.config))
+
+    @property
+    def chance(self) -> str:
+        """Why no verdict can be given at all, or ""."""
+        if self.base.config.training.seed != self.config.training.seed:
+            return "they are of other seeds, and chance may be all of the difference"
+        last = self.found[-1]
+        if last.addresses < LEAST_SHARE * evaluation.examples_at(last.step):
+            return f"their schedules have the same noise level at {last.addresses} addresses only"
+        return ""
 
     @property
     def decided(self) -> bool:
         """Is the sign of the difference certain."""
         last = self.found[-IN_A_ROW:]
-        counts = len(last) == IN_A_ROW and all(one.step >= self.warm_up for one in last)
-        return counts and (all(one.sigmas <= -DECIDED for one in last) or all(one.sigmas >= DECIDED for one in last))
+        first = max(self._warm_up, FIRST_STEP)
+        if len(last) < IN_A_ROW or any(one.step < first or one.is_rounding for one in last):
+            return False
+        return all(one.sigmas <= -DECIDED for one in last) or all(one.sigmas >= DECIDED for one in last)
 
     @property
     def verdict(self) -> str:
         """One of lower, higher, equal, undecided, too early, none."""
-        if not self.found:
+        if not self.found or self.chance:
             return "none"
-        last = self.found[-1]
-        if last.mean == 0 and last.standard_error == 0:
-            return "too early" if acts_late(self.base.config, self.config) else "equal"
-        if last.step < self.warm_up:
+        if self.too_early:
             return "too early"
+        last = self.found[-1]
+        if last.is_rounding:
+            return "equal"
         if not self.decided:
             return "undecided"
         return "lower" if last.mean < 0 else "higher"
@@ -126,13 +155,15 @@ class Judge:
         against = f"against {self.base.path}"
         if not self.found:
             return f"no verdict {against}: no step was evaluated in both"
-        last, verdict = self.found[-1], self.verdict
-        if verdict == "too early":
-            reason = acts_late(self.base.config, self.config) or f"the warm-up ends at step {self.warm_up:,}"
-            said = f"too early to say: {reason}; so far {last}"
+        last = self.found[-1]
+        if self.chance:
+            said = f"none: {self.chance}; at the end {last}"
+        elif self.too_early:
+            said = f"too early to say: {self.too_early}; so far {last}"
         else:
-            said = f"{verdict}: {last}"
-        return f"verdict {against} at step {last.step:,}: {said}. {LOSS_IS_NOT_QUALITY}"
+            said = f"{self.verdict}: {last}"
+        asked = "" if self.config.data.holdout else ", on images that are trained on"
+        return f"verdict {against} at step {last.step:,}{asked}: {said}. {LOSS_IS_NOT_QUALITY}"
 
     def write(self, run: Path) -> None:
         """Keep the verdict in the run's directory.

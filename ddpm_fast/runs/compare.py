@@ -7,6 +7,7 @@ error long before two curves part. A run against itself differs by exactly nothi
 
 import difflib
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +15,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from ddpm_fast.config import Config, to_dict
 from ddpm_fast.errors import InputError, flag
 from ddpm_fast.runs import evaluation, origin
 from ddpm_fast.runs.directory import read_config, read_metrics
 
+SAME_LOG_SNR = 0.25
+"""Two schedules are compared where their nearest timesteps to an address differ by no more than this."""
+ROUNDING = 1e-5
+"""The share of the loss that another number of threads, accumulation or hardware changes by rounding alone."""
 LOSS_IS_NOT_QUALITY = "Loss is not sample quality: look at the pictures, too"
 
 
@@ -41,11 +46,12 @@ class RecordedRun:
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)
 
-    @cached_property
+    @property
     def evaluated_steps(self) -> list[int]:
+        """The steps evaluated up to now: the run may be going on."""
         return evaluation.evaluated_steps(self.path)
 
-    def errors(self, step: int) -> evaluation.Errors | None:
+    def evaluated(self, step: int) -> evaluation.Evaluation | None:
         """Return what was evaluated after a step, see `evaluation.read`."""
         return evaluation.read(self.path, step)
 
@@ -77,7 +83,9 @@ class Difference:
     base: float
     other: float
     standard_error: float
-    """Of the mean difference over the addresses."""
+    """Of the mean difference over the images of the addresses."""
+    addresses: int
+    """How many were compared: those at which both schedules have the same noise level."""
     bands: list[float]
     """The mean difference in each band of noise levels, from almost pure noise to almost none."""
     base_bands: list[float]
@@ -86,7 +94,12 @@ class Difference:
     @property
     def relative_bands(self) -> list[float]:
         """Return each band's difference as a share of the base's loss there."""
-        return [apart / base for apart, base in zip(self.bands, self.base_bands, strict=True)]
+        return [apart / base if base else math.nan for apart, base in zip(self.bands, self.base_bands, strict=True)]
+
+    @property
+    def is_rounding(self) -> bool:
+        """Is the difference so small that rounding may be all of it."""
+        return abs(self.mean) <= ROUNDING * self.base
 
     @property
     def mean(self) -> float:
@@ -101,28 +114,43 @@ class Difference:
         """Say it in words."""
         if self.mean == 0 and self.standard_error == 0:
             return "evaluation loss exactly equal"
+        if self.is_rounding:
+            return f"evaluation loss equal but for rounding ({self.mean / self.base:+.0e} of it)"
         lower = "lower" if self.mean < 0 else "higher"
         digits = f"{abs(self.mean):.2g} +- {self.standard_error:.1g}"
         return f"evaluation loss {digits} {lower} ({self.mean / self.base:+.1%}, {abs(self.sigmas):.0f} sigma)"
 
 
-def difference(step: int, base: Tensor, other: Tensor) -> Difference:
-    """Compare two runs' errors [N] at the addresses that both have."""
-    count = min(len(base), len(other))
-    a, b = base[:count].double(), other[:count].double()
+def difference(
+    step: int, base: evaluation.Evaluation, other: evaluation.Evaluation, weights: str = "ema"
+) -> Difference | None:
+    """Compare two runs at the addresses that both were asked about; None where there are none.
+
+    An image that comes at several addresses counts as one observation of their sum: its errors are not independent.
+    """
+    count = min(len(base.image), len(other.image))
+    same = base.image[:count] == other.image[:count]
+    same &= (base.log_snr[:count] - other.log_snr[:count]).abs() <= SAME_LOG_SNR
+    n = int(same.sum())
+    if not n:
+        return None
+    a, b = base.errors[weights][:count].double(), other.errors[weights][:count].double()
     apart = b - a
-    standard_error = float(apart.std()) / count**0.5 if count > 1 else 0.0
-    in_bands = evaluation.by_band(apart), evaluation.by_band(a)
-    return Difference(step, float(a.mean()), float(b.mean()), standard_error, *in_bands)
+    _, image = base.image[:count][same].unique(return_inverse=True)
+    images = int(image.max()) + 1
+    excess = torch.zeros(images, dtype=torch.float64).index_add_(0, image, apart[same] - apart[same].mean())
+    variance = float(excess.square().sum()) / n**2 * images / (images - 1) if images > 1 else 0.0
+    in_bands = evaluation.by_band(apart, same), evaluation.by_band(a, same)
+    return Difference(step, float(a[same].mean()), float(b[same].mean()), variance**0.5, n, *in_bands)
 
 
 def differences(base: RecordedRun, other: RecordedRun, weights: str = "ema") -> list[Difference]:
     """Compare two runs at each step that both were evaluated at, by their "ema" or "raw" weights."""
     found = []
     for step in sorted(set(base.evaluated_steps) & set(other.evaluated_steps)):
-        a, b = base.errors(step), other.errors(step)
-        if a is not None and b is not None:
-            found.append(difference(step, a[weights], b[weights]))
+        a, b = base.evaluated(step), other.evaluated(step)
+        one = difference(step, a, b, weights) if a is not None and b is not None else None
+        found += [] if one is None else [one]
     return found
 
 
@@ -222,4 +250,6 @@ def table(base: RecordedRun, other: RecordedRun) -> list[str]:
         lines.append(
             f"{one.step:8d}{one.base:10.5f}{one.other:10.5f}{one.mean / one.base:+12.2%}{one.sigmas:+7.1f}{in_bands}"
         )
+    if found[-1].addresses < evaluation.examples_at(found[-1].step):
+        lines.append(f"    at the {found[-1].addresses} addresses where both schedules have the same noise level")
     return lines

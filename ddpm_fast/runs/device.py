@@ -1,5 +1,6 @@
 """The device that a command runs on: one line where it is missing or its memory does not suffice."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,7 +8,7 @@ import torch
 
 from ddpm_fast.config import Precision
 from ddpm_fast.engine.execution import choose_device, disable_malloc_trim, set_tf32
-from ddpm_fast.errors import InputError
+from ddpm_fast.errors import InputError, NotEnoughMemoryError
 
 
 def prepare_device(name: str, precision: Precision) -> torch.device:
@@ -30,6 +31,12 @@ def enough_memory(device: torch.device, batch_size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        raise InputError(
+        raise NotEnoughMemoryError(
             f"{device} has too little memory for --batch-size {batch_size}: take a smaller one, or --precision bf16"
         ) from None
+
+
+def free_memory() -> None:
+    """Give back what a run that has ended held, whose trainer and graphs refer to each other."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA was not used

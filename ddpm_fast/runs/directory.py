@@ -28,10 +28,17 @@ from ddpm_fast.runs import checkpoint, evaluation
 
 
 def read_config(run: Path) -> tuple[Config, str] | None:
-    """Return a run's configuration and data fingerprint; None when config.json is missing or torn."""
+    """Return a run's configuration and data fingerprint; None when config.json is missing or torn.
+
+    Raises:
+        InputError: it holds what this version does not know.
+    """
+    file = run / "config.json"
     try:
-        values = json.loads((run / "config.json").read_text())
+        values = json.loads(file.read_text())
         return from_dict(values["config"]), str(values["fingerprint"])
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -88,6 +95,8 @@ def find_start(run: Path, config: Config, fingerprint: str, resume: bool) -> che
         return None
     check_resumable(run, config, fingerprint)
     found = checkpoint.newest(run)
+    if found is None and any((run / "checkpoints").glob("step-*")):
+        found = checkpoint.resolve(run)  # says what is wrong with it
     if found is not None and found.fingerprint != fingerprint:
         raise InputError(f"{found.path} was trained on other data than {config.data.data}: use another --out")
     return found

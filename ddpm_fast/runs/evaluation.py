@@ -11,6 +11,7 @@ Shapes: M images of the data set, N addresses, C channels, H x W pixels, T diffu
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,20 @@ SEED = 0x6576616C
 """Of the addresses' images and noise."""
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 ROUND_STEPS = (1, 2, 5)
-SHARE_OF_TRAINING = 0.005
-"""The time that evaluations at regular intervals may take, of training's."""
+ROUND_SHARE, REGULAR_SHARE = 0.15, 0.005
+"""The time that an evaluation at a round step may take, of training's so far; and those at regular intervals."""
 
-Errors = Mapping[str, Tensor]
-"""For "ema" and "raw" weights, and "training_ema" beside a hold-out: [N] float32, the error at each address."""
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network was off at each address, and which addresses these were."""
+
+    errors: Mapping[str, Tensor]
+    """For "ema" and "raw" weights, and "training_ema" beside a hold-out: [N] float32."""
+    image: Tensor
+    """[N] int64, the number of each address's image in the data set."""
+    log_snr: Tensor
+    """[N] float32, that of the timestep which was evaluated: the schedule's nearest to the address's own."""
 
 
 def log_snrs(count: int) -> Tensor:
@@ -74,11 +84,12 @@ def split_table(config: DiffusionConfig) -> Tensor:
     return table.float()
 
 
-def nearest_timesteps(config: DiffusionConfig, count: int) -> Tensor:
-    """Return the timestep of the schedule that is nearest to each address's log SNR: [N] int64."""
+def nearest_timesteps(config: DiffusionConfig, count: int) -> tuple[Tensor, Tensor]:
+    """Return the schedule's timesteps that are nearest to the addresses' log SNRs: [N] int64, and theirs, [N]."""
     row = TrainingTable(*training_table(config, dtype=torch.float64).unbind(1))
     of_schedule = 2 * (row.signal.log() - row.noise.log())
-    return (log_snrs(count)[:, None] - of_schedule).abs().argmin(dim=1)
+    t = (log_snrs(count)[:, None] - of_schedule).abs().argmin(dim=1)
+    return t, of_schedule[t].float()
 
 
 def examples_at(step: int) -> int:
@@ -86,20 +97,25 @@ def examples_at(step: int) -> int:
     return EARLY_ADDRESSES if step < EARLY_STEPS else ADDRESSES
 
 
-def is_due(step: int, batch_size: int) -> bool:
-    """Return whether to evaluate after a step: 10, 20, 50, 100, 200, 500 ..., and regularly.
+def is_round(step: int) -> bool:
+    """Return whether a step is 10, 20, 50, 100, 200, 500, ..."""
+    power = 10 ** (len(str(step)) - 1)
+    return step >= FIRST_STEP and step // power in ROUND_STEPS and step % power == 0
 
-    Two evaluations of a network forwards take as long as a third of as many images in training; the interval is the
-    least round one at which that is SHARE_OF_TRAINING of the time, so that runs of one batch size meet, and others
-    often.
+
+def is_due(step: int, config: Config) -> bool:
+    """Return whether to evaluate after a step: at round steps and regularly, as far as it costs little.
+
+    A network's forward pass takes a third of the time of a step on as many images. The regular interval is the least
+    round one that REGULAR_SHARE allows, so that runs of one batch size meet, and others often.
     """
-    if step < FIRST_STEP:
-        return False
-    least = 2 * ADDRESSES / (3 * batch_size * SHARE_OF_TRAINING)
+    passes = 3 if config.data.holdout else 2
+    steps_per_address = passes / (3 * config.training.batch_size)
+    if is_round(step) and examples_at(step) * steps_per_address <= ROUND_SHARE * step:
+        return True
+    least = ADDRESSES * steps_per_address / REGULAR_SHARE
     interval = next(n * 10**power for power in range(9) for n in ROUND_STEPS if n * 10**power >= least)
-    leading = step // 10 ** (len(str(step)) - 1)
-    is_round = leading in ROUND_STEPS and step == leading * 10 ** (len(str(step)) - 1)
-    return is_round or step % interval == 0
+    return step > 0 and step % interval == 0
 
 
 class EvaluationSet:
@@ -109,20 +125,16 @@ class EvaluationSet:
         """Take the images that are held out, or else those that are trained on."""
         trained, held_out = split(len(dataset), config.data.holdout)
         self._key = key_from_seed(SEED, device)
-        self._batch = min(LARGEST_BATCH, config.training.batch_size // config.training.accumulate)
+        # Without gradients, four times as many images fit into memory as a training step takes at once.
+        self._batch = min(LARGEST_BATCH, 4 * config.training.batch_size // config.training.accumulate)
         self._table = split_table(config.diffusion).to(device)
-        self._t = nearest_timesteps(config.diffusion, ADDRESSES).to(device)
-        self._numbers = torch.arange(ADDRESSES, device=device)
-        self._images = self._choose(dataset, held_out if len(held_out) else trained, device)
-        self._training_images = self._choose(dataset, trained, device) if len(held_out) else None
+        t, self._log_snr = nearest_timesteps(config.diffusion, ADDRESSES)
+        self._t, self._numbers = t.to(device), torch.arange(ADDRESSES, device=device)
+        self.rows = _choose(held_out if len(held_out) else trained)
+        self._images = _images_of(dataset, self.rows).to(device)
+        self._training_images = _images_of(dataset, _choose(trained)).to(device) if len(held_out) else None
 
-    def _choose(self, dataset: Dataset, rows: Tensor, device: torch.device) -> Tensor:
-        """Return the addresses' images, [N, C, H, W] uint8 laid out as NHWC: all once before one comes again."""
-        order = rows[permutation(key_from_seed(SEED), 0, len(rows))]
-        chosen = np.stack([dataset.images[int(order[i % len(order)])] for i in range(ADDRESSES)])
-        return torch.from_numpy(chosen).to(device).permute(0, 3, 1, 2)
-
-    def evaluate(self, trainer: Trainer) -> Errors:
+    def evaluate(self, trainer: Trainer) -> Evaluation:
         """Return what averaged and last weights are off now."""
         count, errors = examples_at(trainer.step), dict[str, Tensor]()
         with trainer.ema_weights() as averaged:
@@ -130,7 +142,7 @@ class EvaluationSet:
             if self._training_images is not None:
                 errors["training_ema"] = self._errors(averaged, trainer.dtype, self._training_images[:count])
         errors["raw"] = self._errors(trainer.unet, trainer.dtype, self._images[:count])
-        return errors
+        return Evaluation(errors, self.rows[:count], self._log_snr[:count])
 
     @torch.no_grad()
     def _errors(self, unet: UNet, dtype: torch.dtype, images: Tensor) -> Tensor:
@@ -146,10 +158,21 @@ class EvaluationSet:
         return torch.cat(errors).float().cpu()
 
 
-def summary(errors: Errors) -> dict[str, Any]:
+def _choose(rows: Tensor) -> Tensor:
+    """Return which image each address has, of those in `rows`: [N] int64, all once before one comes again."""
+    order = rows[permutation(key_from_seed(SEED), 0, len(rows))]
+    return order[torch.arange(ADDRESSES) % len(order)]
+
+
+def _images_of(dataset: Dataset, rows: Tensor) -> Tensor:
+    """Return images of the data set, [N, C, H, W] uint8 laid out as NHWC."""
+    return torch.from_numpy(np.stack([dataset.images[int(row)] for row in rows])).permute(0, 3, 1, 2)
+
+
+def summary(evaluated: Evaluation) -> dict[str, Any]:
     """Return what metrics.jsonl says of an evaluation: the means, and the averaged weights' mean by band."""
-    means = {name: float(values.double().mean()) for name, values in errors.items()}
-    return {**means, "bands": by_band(errors["ema"])}
+    means = {name: float(values.double().mean()) for name, values in evaluated.errors.items()}
+    return {**means, "bands": by_band(evaluated.errors["ema"])}
 
 
 def in_words(found: Mapping[str, Any]) -> str:
@@ -159,9 +182,13 @@ def in_words(found: Mapping[str, Any]) -> str:
     return f"evaluation {found['ema']:.4f} ({in_bands}){trained_on}"
 
 
-def by_band(values: Tensor) -> list[float]:
-    """Return the mean of values [N] in each band, from almost pure noise to almost none."""
+def by_band(values: Tensor, counted: Tensor | None = None) -> list[float]:
+    """Return the mean of values [N] in each band, from almost pure noise to almost none; of those that are counted.
+
+    NaN where a band has none.
+    """
     of_address = bands(len(values))
+    of_address = of_address if counted is None else torch.where(counted, of_address, -1)
     return [float(values[of_address == band].double().mean()) for band in range(BANDS)]
 
 
@@ -169,13 +196,14 @@ def _path(run: Path, step: int) -> Path:
     return run / "evaluation" / f"step-{step:07d}.safetensors"
 
 
-def write(run: Path, step: int, errors: Errors) -> None:
+def write(run: Path, step: int, evaluated: Evaluation) -> None:
     """Keep an evaluation in a run's directory.
 
     Raises:
         InputError: it cannot be written.
     """
-    replace_file(_path(run, step), safetensors.torch.save(dict(errors)))
+    tensors = {**evaluated.errors, "image": evaluated.image, "log_snr": evaluated.log_snr}
+    replace_file(_path(run, step), safetensors.torch.save({name: each.contiguous() for name, each in tensors.items()}))
 
 
 def evaluated_steps(run: Path) -> list[int]:
@@ -187,13 +215,14 @@ def evaluated_steps(run: Path) -> list[int]:
     return sorted(steps)
 
 
-def read(run: Path, step: int) -> Errors | None:
+def read(run: Path, step: int) -> Evaluation | None:
     """Return what an evaluation found; None where there is none, or it is damaged."""
     try:
-        errors = safetensors.torch.load_file(_path(run, step))
-    except (OSError, safetensors.SafetensorError):
+        tensors = safetensors.torch.load_file(_path(run, step))
+        image, log_snr = tensors.pop("image"), tensors.pop("log_snr")
+    except (OSError, KeyError, safetensors.SafetensorError):
         return None
-    return errors if {"ema", "raw"} <= errors.keys() else None
+    return Evaluation(tensors, image, log_snr) if {"ema", "raw"} <= tensors.keys() else None
 
 
 def cut_back(run: Path, step: int) -> None:

@@ -7,6 +7,7 @@ runs/NAME/origin/
 A run that is continued adds three more, named by the step that it continues from.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import platform
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +32,11 @@ DECIDES_IMAGES = ("diffusion/", "model/", "ops/", "kernels/", "engine/", "consta
 OF_INTEREST = ("torch", "triton", "numpy", "safetensors")
 EARLIEST = (1980, 1, 1, 0, 0, 0)
 """The least time that a zip file can hold: equal sources are equal bytes."""
+
+LARGEST_SOURCES = 50_000_000
+"""Bytes; a file that unpacks to more is none of ours."""
+DAMAGED = (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading JSON or a zip file that was damaged may raise."""
 
 Sources = dict[str, str]
 """Text of each source file by its path in the package, "diffusion/schedule.py" say."""
@@ -49,11 +56,28 @@ class Origin:
         return {path: _digest(text) for path, text in self.sources.items()}
 
 
+@functools.cache
 def read_sources() -> Sources:
-    """Return the code that is running, as it stands on the disk."""
+    """Return the code that is running: as it stood on the disk when this was first called, see `remember`."""
     roots = (PACKAGE, PACKAGE / "kernels")  # the second is a symbolic link, which rglob may not follow
-    files = {file.relative_to(PACKAGE).as_posix(): file for root in roots for file in root.rglob("*.py")}
-    return {path: files[path].read_text(encoding="utf-8") for path in sorted(files)}
+    found = (file for root in roots for file in root.rglob("*.py"))
+    files = {file.relative_to(PACKAGE).as_posix(): file for file in found if file.is_file() and file.name[0] != "."}
+    return {path: files[path].read_text(encoding="utf-8", errors="replace") for path in sorted(files)}
+
+
+@functools.cache
+def _commit_and_changes() -> tuple[str | None, str]:
+    """Return git's commit of the code that is running, and what is not committed of it; None where git has it not."""
+    commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", "config.py") else None
+    if commit is None:
+        return None, ""
+    return commit.strip(), _git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", ".", "../kernels") or ""
+
+
+def remember() -> None:
+    """Read now which code is running: it may be edited before the run that it makes is written down."""
+    read_sources()
+    _commit_and_changes()
 
 
 def _digest(text: str) -> str:
@@ -85,7 +109,7 @@ def versions() -> dict[str, str]:
 def describe(device: torch.device) -> dict[str, Any]:
     """Return what a run is made by: command line, versions, device, and git's commit of the code."""
     facts: dict[str, Any] = {
-        "command": sys.argv,
+        "command": _command(),
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}",
         "device": str(device),
@@ -94,10 +118,17 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
         facts["driver"] = _driver()
-    commit = _git("rev-parse", "HEAD")
+    commit, _ = _commit_and_changes()
     if commit is not None:
-        facts["commit"] = commit.strip()
+        facts["commit"] = commit
     return facts
+
+
+def _command() -> list[str] | str:
+    """Return the command line, if it is ours: another program's may hold what is not ours to keep."""
+    program = Path(sys.argv[0])
+    ours = program.name == "ddpm-fast" or program == PACKAGE / "__main__.py"
+    return sys.argv if ours else "from Python"
 
 
 def _driver() -> str | None:
@@ -119,7 +150,7 @@ def write(run: Path, step: int, device: torch.device) -> None:
         InputError: it cannot be written.
     """
     sources, facts = read_sources(), describe(device)
-    uncommitted = _git("diff", "HEAD", "--", ".", "../kernels") if "commit" in facts else None
+    _, uncommitted = _commit_and_changes()
     facts["files"] = {path: _digest(text) for path, text in sources.items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -128,6 +159,8 @@ def write(run: Path, step: int, device: torch.device) -> None:
     replace_file(_path(run, step, "zip"), buffer.getvalue())
     if uncommitted:
         replace_file(_path(run, step, "diff"), uncommitted.encode())
+    else:
+        _path(run, step, "diff").unlink(missing_ok=True)  # of an earlier start
     replace_file(_path(run, step, "json"), (json.dumps(facts, indent=2) + "\n").encode())
 
 
@@ -140,9 +173,11 @@ def read(run: Path) -> Origin | None:
     try:
         facts = json.loads(file.read_text())
         with zipfile.ZipFile(file.with_suffix(".zip")) as archive:
+            if sum(member.file_size for member in archive.infolist()) > LARGEST_SOURCES:
+                return None
             sources = {name: archive.read(name).decode() for name in sorted(archive.namelist())}
         return Origin(int(file.stem.removeprefix("step-")), dict(facts), sources)
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile, UnicodeDecodeError):
+    except DAMAGED:
         return None
 
 

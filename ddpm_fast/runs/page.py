@@ -63,10 +63,10 @@ def write_comparison(
 
 def _summary(run: RecordedRun, colour: str) -> dict[str, Any]:
     steps, rate = run.evaluated_steps, run.images_per_s
-    errors = run.errors(steps[-1]) if steps else None
-    loss = "none" if errors is None else f"{float(errors['ema'].mean()):.5f}"
-    evaluated = f"{steps[0]:,} to {steps[-1]:,}" if steps else "none"
-    cells = [evaluated, loss, "unknown" if rate is None else f"{rate:,.0f}"]
+    evaluated = run.evaluated(steps[-1]) if steps else None
+    loss = "none" if evaluated is None else f"{float(evaluated.errors['ema'].mean()):.5f}"
+    range_of_steps = f"{steps[0]:,} to {steps[-1]:,}" if steps else "none"
+    cells = [range_of_steps, loss, "unknown" if rate is None else f"{rate:,.0f}"]
     return {"name": str(run.path), "colour": colour, "cells": cells}
 
 
@@ -87,8 +87,8 @@ def _row(one: Difference) -> list[str]:
 
 
 def _curve(run: RecordedRun, colour: str) -> Curve:
-    errors = {step: run.errors(step) for step in run.evaluated_steps}
-    points = [(float(step), float(found["ema"].mean())) for step, found in errors.items() if found is not None]
+    evaluated = {step: run.evaluated(step) for step in run.evaluated_steps}
+    points = [(float(step), float(found.errors["ema"].mean())) for step, found in evaluated.items() if found]
     return Curve(str(run.path), points, colour=colour)
 
 

@@ -4,7 +4,7 @@ Everything drawn here is text: a page of them opens anywhere and stays sharp.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from markupsafe import Markup, escape
 
@@ -61,13 +61,13 @@ class Axis:
 
 def line_plot(title: str, curves: list[Curve], x_label: str, logarithmic_y: bool = False) -> Markup:
     """Draw curves over a logarithmic x axis, with error bars where they have any; nothing if there is no point."""
-    drawn = [curve for curve in curves if curve.points]
+    drawn = [finite for curve in curves if (finite := _finite(curve)).points]
     if not drawn:
         return Markup("")
     ends = [
         value + sign * spread
         for curve in drawn
-        for (_, value), spread in zip(curve.points, curve.spread or [0.0] * len(curve.points), strict=True)
+        for (_, value), spread in zip(curve.points, curve.spread, strict=True)
         for sign in (-1, 1)
     ]
     x = Axis([at for curve in drawn for at, _ in curve.points], LEFT, WIDTH - RIGHT, logarithmic=True)
@@ -88,10 +88,17 @@ def line_plot(title: str, curves: list[Curve], x_label: str, logarithmic_y: bool
     return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>')
 
 
+def _finite(curve: Curve) -> Curve:
+    """Return the curve without the points that cannot be drawn."""
+    spread = curve.spread or [0.0] * len(curve.points)
+    kept = [(point, each) for point, each in zip(curve.points, spread, strict=True) if math.isfinite(point[1] + each)]
+    return replace(curve, points=[point for point, _ in kept], spread=[each for _, each in kept])
+
+
 def _curve(curve: Curve, x: Axis, y: Axis) -> list[str]:
     path = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in curve.points)
     parts = [f'<polyline points="{path}" fill="none" stroke="{curve.colour}" stroke-width="1.5"/>']
-    for (at, value), spread in zip(curve.points, curve.spread or [0.0] * len(curve.points), strict=True):
+    for (at, value), spread in zip(curve.points, curve.spread, strict=True):
         said = escape(f"{curve.label}, {at:g}: {value:.4g}" + (f" +- {spread:.2g}" if spread else ""))
         if spread:
             bar = f'x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{y(value - spread):.1f}" y2="{y(value + spread):.1f}"'

@@ -17,6 +17,7 @@ from ddpm_fast.engine.execution import CPU_FLOP_RATE
 from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.files import writing
+from ddpm_fast.runs.evaluation import is_round
 from ddpm_fast.runs.grids import save_normalized_and_raw
 
 SAMPLER = SamplerConfig("dpm++", 20)
@@ -29,14 +30,6 @@ OWN_SHARE, ASKED_SHARE = 0.25, 1.0
 """The time that a grid may take, of the training since the last: an early one, and one that was asked for."""
 FIRST_SECONDS = 0.5
 """The time that the grid before the first step may take."""
-ROUND_STEPS = ("1", "2", "5")
-FIRST_STEP = 10
-
-
-def is_round(step: int) -> bool:
-    """Return whether a step is 10, 20, 50, 100, 200, 500, ..."""
-    digits = str(step)
-    return step >= FIRST_STEP and digits[0] in ROUND_STEPS and not digits[1:].strip("0")
 
 
 class Previews:

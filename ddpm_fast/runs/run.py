@@ -1,6 +1,7 @@
 """A training run: its progress, and how it stops. Its files are described in `directory`."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,15 +121,16 @@ class Run:
                 self._log(evaluated)
             elif self.progress.line_due():
                 self.progress.report(f"loss {self.trainer.mean_loss():.4f}")
-        elif step > 0 and self._evaluation_is_due() and evaluation.read(self.directory, step) is None:
-            amend_last_metrics(self.directory, {"evaluation": evaluation.summary(self._evaluate())})
+        elif step > 0 and self._evaluation_is_due() and "evaluation" not in read_metrics(self.directory)[-1]:
+            evaluated = evaluation.read(self.directory, step) or self._evaluate()
+            amend_last_metrics(self.directory, {"evaluation": evaluation.summary(evaluated)})
         if step > self._saved and (self.finished or step % training.save_every == 0):
             self.save()
         self._draw_if_due()
 
     def _evaluation_is_due(self) -> bool:
-        training, step = self.config.training, self.trainer.step
-        return step == training.steps or is_due(step, training.batch_size)
+        step = self.trainer.step
+        return step == self.config.training.steps or is_due(step, self.config)
 
     def _save_and_say_so(self, number: int) -> InterruptedRunError:
         """Save the steps that are finished; return what ends the run."""
@@ -142,11 +144,11 @@ class Run:
         except InterruptedRunError:
             kept = checkpoint.newest(self.directory)
             done = f"interrupted while saving; the newest checkpoint is {kept.path if kept else 'none'}"
-        if step == self.config.training.steps:
+        if step == self.config.training.steps and evaluation.read(self.directory, step) is not None:
             return InterruptedRunError(number, f"{done}, the last; its grid was not drawn")
-        against = f" --against {self.judge.base.path}" if self.judge else ""
+        against = f" --against {shlex.quote(str(self.judge.base.path))}" if self.judge else ""
         until = " --until-decided" if self.judge and self.judge.stops_at == EITHER_WAY else ""
-        how = f"continue by ddpm-fast train --out {self.directory} --resume{against}{until}"
+        how = f"continue by ddpm-fast train --out {shlex.quote(str(self.directory))} --resume{against}{until}"
         return InterruptedRunError(number, f"{done}; {how}")
 
     def _stop_if_not_finite(self) -> None:
@@ -160,18 +162,18 @@ class Run:
                 "Try a lower --learning-rate, a longer --warmup-steps, or --precision fp32"
             )
 
-    def _evaluate(self) -> evaluation.Errors:
+    def _evaluate(self) -> evaluation.Evaluation:
         """Evaluate the weights and keep what was found; the time it takes is not training's."""
         self._stop_if_not_finite()
         with self.progress.doing("evaluating"), writing(self.directory):
-            errors = self.evaluation_set.evaluate(self.trainer)
-            evaluation.write(self.directory, self.trainer.step, errors)
-        apart = self.judge and self.judge.look(self.trainer.step, errors)
+            evaluated = self.evaluation_set.evaluate(self.trainer)
+            evaluation.write(self.directory, self.trainer.step, evaluated)
+        apart = self.judge and self.judge.look(self.trainer.step, evaluated)
         if apart:
             say(f"step {self.trainer.step:,}: {apart}")
-        return errors
+        return evaluated
 
-    def _log(self, evaluated: evaluation.Errors | None = None) -> None:
+    def _log(self, evaluated: evaluation.Evaluation | None = None) -> None:
         """Write one line of metrics, and say it."""
         self._stop_if_not_finite()
         with self.signals.held():
@@ -180,7 +182,7 @@ class Run:
         found = metrics.get("evaluation")
         self.progress.report(f"loss {metrics['loss']:.4f}" + (f", {evaluation.in_words(found)}" if found else ""))
 
-    def _write_metrics(self, evaluated: evaluation.Errors | None) -> dict[str, Any]:
+    def _write_metrics(self, evaluated: evaluation.Evaluation | None) -> dict[str, Any]:
         """Write one line of metrics and return it; the loss is that of the steps since the last."""
         trainer = self.trainer
         seconds, images_per_s = self.progress.end_interval()
@@ -193,7 +195,7 @@ class Run:
         }
         if evaluated is not None:
             metrics["evaluation"] = evaluation.summary(evaluated)
-            for name, values in evaluated.items():
+            for name, values in evaluated.errors.items():
                 self.board.add_scalar(f"evaluation/{name}", float(values.mean()), trainer.step)
         self._logged = trainer.step
         self._saved = min(self._saved, trainer.step - 1)  # a checkpoint knows what was logged

@@ -6,18 +6,22 @@ DIR/
   page.html                           all of them beside the base
 """
 
+import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file
-from ddpm_fast.runs.compare import RecordedRun, differences
+from ddpm_fast.runs.compare import Difference, RecordedRun, differences
 
-NOT_SWEPT = ("preset", "data", "float-range", "skip-bad", "holdout", "height", "width", "image-channels")
-"""Flags that decide which images are seen."""
+NOT_SWEPT = ("preset", "seed", "data", "float-range", "skip-bad", "holdout", "height", "width", "image-channels")
+"""Flags that decide which images are seen, and with what noise."""
+LONGEST_NAME = 200
+"""Bytes of a directory's name; file systems take 255."""
 FAILED = "failed"
 """The verdict on a run that could not be trained to its end."""
 
@@ -75,7 +79,10 @@ def read_grid(arguments: Sequence[str]) -> Grid:
     name = ""
     for argument in arguments:
         if argument.startswith("--"):
-            name, equals, value = argument[2:].replace("_", "-").partition("=")
+            name, equals, value = argument[2:].partition("=")
+            name = name.replace("_", "-")
+            if name in grid:
+                raise InputError(f"--{name} is named twice: name it once, with all its values")
             grid[name] = [value] if equals else []
         elif not name:
             raise InputError(f"{argument} stands before any flag: name the flag that it is a value of")
@@ -83,7 +90,7 @@ def read_grid(arguments: Sequence[str]) -> Grid:
             grid[name].append(argument)
     for name, values in grid.items():
         if name in NOT_SWEPT:
-            raise InputError(f"--{name} decides which images are seen, and only runs of the same are compared")
+            raise InputError(f"--{name} decides which images and noise are seen: only runs of the same are compared")
         if not values:
             raise InputError(f"--{name} has no value to try: name one or more (true false for a switch)")
         if len(set(values)) < len(values):
@@ -92,7 +99,9 @@ def read_grid(arguments: Sequence[str]) -> Grid:
 
 
 def _name(pairs: Sequence[tuple[str, str]]) -> str:
-    return ",".join(f"{name}={value}" for name, value in pairs).replace("/", "-")
+    name = ",".join(f"{name}={value}" for name, value in pairs).replace("/", "-")
+    long = len(name.encode()) > LONGEST_NAME
+    return f"{name[: LONGEST_NAME // 4]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}" if long else name
 
 
 def _arguments(pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -117,12 +126,18 @@ def failed(run: Path) -> None:
     replace_file(run / "verdict.json", (json.dumps({"verdict": FAILED}) + "\n").encode())
 
 
+def _rank(last: Difference | None) -> tuple[bool, float]:
+    """Return what runs are sorted by: their difference in percent, and behind all those that have none."""
+    share = last.mean / last.base if last is not None else math.nan
+    return math.isnan(share), share
+
+
 def ranking(base: RecordedRun, runs: Sequence[RecordedRun]) -> list[str]:
-    """Return a table of a sweep's runs as lines, the lowest evaluation loss first."""
+    """Return a table of a sweep's runs as lines, the best difference from the base first."""
     last = {run.path: found[-1] for run in runs if (found := differences(base, run))}
     width = max(len(run.path.name) for run in runs)
     lines = [f"{'run':<{width}}     step      loss  difference  sigma  verdict     images/s"]
-    for run in sorted(runs, key=lambda run: last[run.path].mean / last[run.path].base if run.path in last else 0.0):
+    for run in sorted(runs, key=lambda run: _rank(last.get(run.path))):
         one, rate = last.get(run.path), run.images_per_s
         figures = (
             " " * 37

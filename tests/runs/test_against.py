@@ -16,17 +16,17 @@ from ddpm_fast.runs.against import EITHER_WAY, Judge, acts_late, reference
 from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.directory import find_start
 from ddpm_fast.runs.run import Run
-from tests.runs.test_compare import recorded
+from tests.runs.test_compare import evaluated, recorded
 from tests.runs.test_run import DATA, TINY, run
 
 DIGITS = PRESETS["digits"]
 
 
-def base_of(directory: Path, steps: tuple[int, ...] = (10, 100, 200, 500)) -> Path:
+def base_of(directory: Path, steps: tuple[int, ...] = (10, 100, 200, 500, 1000, 1200)) -> Path:
     recorded(directory)
     for step in steps:
         errors = torch.rand(evaluation.examples_at(step), generator=torch.Generator().manual_seed(step)) + 1
-        evaluation.write(directory, step, {"ema": errors, "raw": errors + 1})
+        evaluation.write(directory, step, evaluated(errors))
     return directory
 
 
@@ -34,10 +34,11 @@ def judged(directory: Path, changes: dict[int, float], config: Config = DIGITS) 
     """Judge a run whose errors at each step are a share larger than the base's, give or take."""
     judge = Judge(open_run(base_of(directory)), config)
     for step, change in changes.items():
-        theirs = judge.base.errors(step)
+        theirs = judge.base.evaluated(step)
         assert theirs is not None
-        spread = torch.randn(len(theirs["ema"]), generator=torch.Generator().manual_seed(0))
-        judge.look(step, {"ema": theirs["ema"] * (1 + change * (1 + 0.5 * spread)), "raw": theirs["raw"]})
+        errors = theirs.errors["ema"]
+        spread = torch.randn(len(errors), generator=torch.Generator().manual_seed(0))
+        judge.look(step, evaluated(errors * (1 + change * (1 + 0.5 * spread))))
     return judge
 
 
@@ -58,21 +59,47 @@ def test_a_sign_that_turns_is_undecided(tmp_path):
     assert judged(tmp_path / "b", {100: 0.1, 200: -0.1, 500: -0.1}).verdict == "lower"
 
 
-def test_no_difference_is_equal_and_for_late_flags_too_early(tmp_path):
+def test_no_difference_or_rounding_is_equal(tmp_path):
     assert judged(tmp_path / "a", {100: 0, 200: 0}).verdict == "equal"
-    late = with_training(DIGITS, ema_decay=0.9999)
-    found = judged(tmp_path / "b", {100: 0, 200: 0}, late)
-    assert found.verdict == "too early"
-    assert "--ema-decay acts late: both averages warm up alike to step 1,790" in found.sentence()
-    assert acts_late(DIGITS, with_training(DIGITS, steps=10)) == "--steps changes nothing while both runs go on"
-    assert acts_late(DIGITS, with_training(DIGITS, steps=10, learning_rate=1.0)) == ""
-    assert acts_late(DIGITS, DIGITS) == ""
+    rounding = judged(tmp_path / "b", {100: 1e-6, 200: 1e-6})
+    assert (rounding.verdict, rounding.decided) == ("equal", False)
+
+
+def test_flags_that_act_late_are_too_early_until_they_have_acted(tmp_path):
+    late = with_training(DIGITS, ema_decay=0.99)
+    found = judged(tmp_path / "a", {500: 0, 1000: 0.1, 1200: 0.1}, late)
+    assert (found.verdict, found.decided) == ("too early", True)
+    assert (
+        "--ema-decay acts late: both averages are alike to step 890, and forget that by step 1,890" in found.sentence()
+    )
+    assert acts_late(DIGITS, late)[0] == 890 + 5 * 200
+    assert acts_late(DIGITS, with_training(DIGITS, steps=10))[0] == 1200
+    assert acts_late(DIGITS, with_training(DIGITS, learning_rate=1.0)) == (0, "")
+    assert acts_late(DIGITS, DIGITS) == (0, "")
+
+
+def test_other_seeds_and_schedules_that_hardly_meet_get_no_verdict(tmp_path):
+    seeds = judged(tmp_path / "a", {100: 0.1, 200: 0.1}, with_training(DIGITS, seed=1))
+    assert seeds.verdict == "none"
+    assert "they are of other seeds" in seeds.sentence()
+    apart = Judge(open_run(base_of(tmp_path / "b")), DIGITS)
+    theirs = apart.base.evaluated(100)
+    assert theirs is not None
+    few = torch.where(torch.arange(512) < 100, theirs.log_snr, theirs.log_snr + 1)
+    for step in (100, 200):
+        apart.look(step, replace(theirs, log_snr=few))
+    assert apart.verdict == "none"
+    assert "the same noise level at 100 addresses only" in apart.sentence()
+
+
+def test_a_verdict_says_where_only_images_that_are_trained_on_were_asked_about(tmp_path):
+    assert ", on images that are trained on: lower" in judged(tmp_path, {100: -0.1, 200: -0.1}).sentence()
 
 
 def test_where_nothing_is_common_there_is_no_verdict(tmp_path):
     judge = Judge(open_run(base_of(tmp_path)), DIGITS)
     errors = torch.rand(512)
-    assert judge.look(1200, {"ema": errors, "raw": errors}) is None
+    assert judge.look(700, evaluated(errors)) is None
     assert judge.verdict == "none"
     assert "no step was evaluated in both" in judge.sentence()
     judge.write(tmp_path)
@@ -96,7 +123,7 @@ def test_other_images_are_refused(tmp_path):
 
 def test_a_run_stops_once_it_is_decided_and_remembers_after_a_stop(tmp_path):
     """A learning rate of almost nothing loses; the run that is stopped in between comes to the same verdict."""
-    config = with_training(TINY, steps=50, save_every=50, warmup_steps=1, learning_rate=1e-2)
+    config = with_training(TINY, steps=210, save_every=300, warmup_steps=1, learning_rate=1e-2, batch_size=32)
     run(tmp_path / "base", config).train()
     base = open_run(tmp_path / "base")
     slow = with_training(config, learning_rate=1e-9)
@@ -108,14 +135,14 @@ def test_a_run_stops_once_it_is_decided_and_remembers_after_a_stop(tmp_path):
         judge.recall(directory)
         return going, judge
 
-    whole, judge = against(tmp_path / "whole", 50)
+    whole, judge = against(tmp_path / "whole", 210)
     whole.train()
     assert judge.verdict == "higher"
-    assert whole.trainer.step == judge.found[-1].step < 50
+    assert whole.trainer.step == judge.found[-1].step < 210
     assert (tmp_path / f"whole/checkpoints/step-{whole.trainer.step:07d}").is_dir()
     first, _ = against(tmp_path / "stopped", whole.trainer.step - 1)
     first.train()
-    second, judge_of_second = against(tmp_path / "stopped", 50)
+    second, judge_of_second = against(tmp_path / "stopped", 210)
     second.train()
     assert judge_of_second.verdict == "higher"
     assert second.trainer.step == whole.trainer.step

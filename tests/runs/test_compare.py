@@ -14,6 +14,7 @@ from ddpm_fast.errors import InputError
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import evaluation, origin
 from ddpm_fast.runs.compare import (
+    Difference,
     changed_code,
     difference,
     differences,
@@ -23,9 +24,23 @@ from ddpm_fast.runs.compare import (
     what_differs,
 )
 from ddpm_fast.runs.directory import prepare
+from ddpm_fast.runs.evaluation import Evaluation
 
 DIGITS = PRESETS["digits"]
 CPU = torch.device("cpu")
+
+
+def evaluated(errors: torch.Tensor, images: int = 1000) -> Evaluation:
+    """Return an evaluation whose averaged weights have these errors; the last ones' are 1 larger."""
+    count = len(errors)
+    numbers = torch.arange(count) % images
+    return Evaluation({"ema": errors, "raw": errors + 1}, numbers, evaluation.log_snrs(count).float())
+
+
+def compared(step: int, base: torch.Tensor, other: torch.Tensor, images: int = 1000) -> Difference:
+    found = difference(step, evaluated(base, images), evaluated(other, images))
+    assert found is not None
+    return found
 
 
 def recorded(directory: Path, config: Config = DIGITS, shift: float = 0.0, fingerprint: str = "data") -> Path:
@@ -36,7 +51,7 @@ def recorded(directory: Path, config: Config = DIGITS, shift: float = 0.0, finge
         errors = torch.rand(evaluation.examples_at(step), generator=torch.Generator().manual_seed(step)) + 1
         noise = 0.1 * torch.rand(len(errors), generator=torch.Generator().manual_seed(step + 1))
         errors = errors + shift * noise
-        evaluation.write(directory, step, {"ema": errors, "raw": errors + 1})
+        evaluation.write(directory, step, evaluated(errors))
     lines = [
         {"step": step, "loss": 1.0, "wall": {"images_per_s": rate}} for step, rate in ((50, 1), (100, 7), (150, 9))
     ]
@@ -48,7 +63,7 @@ def test_the_paired_difference_is_students():
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(512, generator=generator)
     other = base * 0.9 + 0.05 * torch.rand(512, generator=generator)
-    found, student = difference(7, base, other), ttest_rel(other.double().numpy(), base.double().numpy())
+    found, student = compared(7, base, other), ttest_rel(other.double().numpy(), base.double().numpy())
     assert found.sigmas == pytest.approx(student.statistic, rel=1e-9)
     assert found.mean == pytest.approx(float((other - base).mean()), rel=1e-4)
     counts = evaluation.bands(512).bincount().double() / 512
@@ -60,8 +75,41 @@ def test_the_paired_difference_is_students():
 def test_only_common_addresses_count():
     base = torch.rand(512)
     other = base[:128] - 0.5
-    assert difference(7, base, other).mean == pytest.approx(-0.5, abs=1e-6)
-    assert difference(7, base, other).base == pytest.approx(float(base[:128].mean()), rel=1e-6)
+    assert compared(7, base, other).mean == pytest.approx(-0.5, abs=1e-6)
+    assert compared(7, base, other).base == pytest.approx(float(base[:128].mean()), rel=1e-6)
+    assert difference(7, evaluated(base), replace(evaluated(base), image=torch.arange(512) + 1)) is None
+
+
+def test_an_image_that_comes_often_counts_once():
+    """Errors that belong to images: the standard error is that of the images' means."""
+    of_image = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    base = torch.ones(512)
+    other = base + of_image[torch.arange(512) % 32] * 0.01
+    student = ttest_rel((1 + 0.01 * of_image).double().numpy(), torch.ones(32).double().numpy())
+    assert compared(7, base, other, images=32).sigmas == pytest.approx(student.statistic, rel=1e-3)
+    assert abs(compared(7, base, other).sigmas) > 3 * abs(student.statistic)
+
+
+def test_only_addresses_of_the_same_noise_level_count():
+    """A shorter schedule cannot show a noisier x_t: there its errors are those of another noise level."""
+    base, other = evaluated(torch.ones(512)), evaluated(torch.ones(512))
+    far = other.log_snr < -5
+    other.errors["ema"][far] = 5.0
+    other.log_snr[far] = -5.0
+    found = difference(7, base, other)
+    assert found is not None
+    assert (found.mean, found.sigmas) == (pytest.approx(0.078, abs=0.02), pytest.approx(1, abs=3))
+    near = (base.log_snr + 5).abs() <= 0.25
+    assert found.addresses == int((~far).sum() + (far & near).sum()) < 512
+
+
+def test_rounding_is_told_from_a_difference():
+    base = torch.rand(512, generator=torch.Generator().manual_seed(0)) + 1
+    found = compared(100, base, base * (1 + 1e-6))
+    assert abs(found.sigmas) > 5
+    assert found.is_rounding
+    assert "equal but for rounding" in str(found)
+    assert not compared(100, base, base * (1 + 1e-3)).is_rounding
 
 
 def test_a_run_against_itself_differs_by_exactly_nothing(tmp_path):

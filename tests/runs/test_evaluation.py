@@ -18,6 +18,7 @@ from ddpm_fast.runs.evaluation import (
     BANDS,
     EARLY_ADDRESSES,
     SEED,
+    Evaluation,
     EvaluationSet,
     bands,
     is_due,
@@ -54,9 +55,9 @@ def test_the_error_is_that_of_the_split_into_signal_and_noise(prediction):
     """Written out from x_t, alpha_bar and each prediction's own definition, in float64."""
     config = replace(TINY, diffusion=replace(TINY.diffusion, prediction=prediction))
     trainer = trainer_of(config)
-    found = EvaluationSet(config, DATA, CPU).evaluate(trainer)["raw"]
+    found = EvaluationSet(config, DATA, CPU).evaluate(trainer).errors["raw"]
     evaluated = EvaluationSet(config, DATA, CPU)
-    t = nearest_timesteps(config.diffusion, ADDRESSES)
+    t, _ = nearest_timesteps(config.diffusion, ADDRESSES)
     alpha_bar = make_alpha_bar(config.diffusion)[t].view(-1, 1, 1, 1)
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     x_start = evaluated._images.double() / 127.5 - 1
@@ -78,35 +79,44 @@ def test_the_error_is_that_of_the_split_into_signal_and_noise(prediction):
 
 def test_averaged_and_last_weights_are_told_apart():
     trainer = trainer_of(TINY)
-    errors = EvaluationSet(TINY, DATA, CPU).evaluate(trainer)
+    errors = EvaluationSet(TINY, DATA, CPU).evaluate(trainer).errors
     assert set(errors) == {"ema", "raw"}
     assert not torch.allclose(errors["ema"], errors["raw"])
     for name, parameter in trainer.parameters.items():
         trainer.ema[name].copy_(parameter.data)
-    same = EvaluationSet(TINY, DATA, CPU).evaluate(trainer)
+    same = EvaluationSet(TINY, DATA, CPU).evaluate(trainer).errors
     assert torch.equal(same["ema"], same["raw"])
     assert torch.equal(same["raw"], errors["raw"])
 
 
 def test_neither_seed_nor_flips_nor_dropout_nor_the_batch_change_what_is_asked():
     trainer = trainer_of(TINY)
-    errors = EvaluationSet(TINY, DATA, CPU).evaluate(trainer)["raw"]
+    errors = EvaluationSet(TINY, DATA, CPU).evaluate(trainer).errors["raw"]
     other = with_training(TINY, seed=9, batch_size=48)
     other = replace(other, data=replace(TINY.data, flip=True), unet=replace(TINY.unet, dropout=0.5))
     again = trainer_of(other)
     again.load_state(100, trainer.state())
-    torch.testing.assert_close(EvaluationSet(other, DATA, CPU).evaluate(again)["raw"], errors, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        EvaluationSet(other, DATA, CPU).evaluate(again).errors["raw"], errors, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_hold_out_is_evaluated_beside_what_is_trained_on():
     config = replace(TINY, data=replace(TINY.data, holdout=0.1))
     evaluated = EvaluationSet(config, DATA, CPU)
-    assert set(evaluated.evaluate(trainer_of(config))) == {"ema", "raw", "training_ema"}
+    assert set(evaluated.evaluate(trainer_of(config)).errors) == {"ema", "raw", "training_ema"}
     trained, held_out = split(len(DATA), 0.1)
     assert evaluated._training_images is not None
     for images, rows in ((evaluated._images, held_out), (evaluated._training_images, trained)):
         own = {bytes(image) for image in DATA.images[rows.numpy()]}
         assert {bytes(image.permute(1, 2, 0).numpy()) for image in images} <= own
+
+
+def test_the_address_says_which_image_it_has():
+    evaluated = EvaluationSet(TINY, DATA, CPU)
+    expected = torch.from_numpy(DATA.images[evaluated.rows.numpy()]).permute(0, 3, 1, 2)
+    assert torch.equal(evaluated._images, expected)
+    assert len(evaluated.rows.unique()) == ADDRESSES
 
 
 @pytest.mark.parametrize("count", [EARLY_ADDRESSES, ADDRESSES])
@@ -121,37 +131,56 @@ def test_any_number_of_addresses_fills_the_noise_levels_evenly(count):
 def test_timesteps_are_those_of_the_noise_levels():
     for schedule in ("linear", "cosine", "sigmoid"):
         config = DiffusionConfig(schedule=schedule)
-        t, alpha_bar = nearest_timesteps(config, ADDRESSES), make_alpha_bar(config)
+        (t, log_snr), alpha_bar = nearest_timesteps(config, ADDRESSES), make_alpha_bar(config)
         of_t, wanted = torch.logit(alpha_bar)[t], log_snrs(ADDRESSES)
+        torch.testing.assert_close(log_snr.double(), of_t, rtol=1e-6, atol=1e-6)
         inside = (wanted > torch.logit(alpha_bar).min()) & (wanted < torch.logit(alpha_bar).max())
         assert inside.sum() > 0.9 * ADDRESSES
         neighbours = torch.stack([torch.logit(alpha_bar)[(t + d).clamp(0, 999)] for d in (-1, 1)])
         assert bool(((of_t - wanted).abs() <= (neighbours - wanted).abs()).all())
 
 
+def due(batch_size: int, steps: range, holdout: float = 0) -> list[int]:
+    config = with_training(replace(TINY, data=replace(TINY.data, holdout=holdout)), batch_size=batch_size)
+    return [step for step in steps if is_due(step, config)]
+
+
 def test_when_it_is_due():
-    due = [step for step in range(1, 20_001) if is_due(step, 64)]
-    assert due == [10, 20, 50, 100, 200, 500, 1000, *range(2000, 5000, 2000), 5000, *range(6000, 20_001, 2000)]
-    # A forward pass takes a third of a step on as many images: regular evaluations take at most 0.5% of the time.
-    for batch in (8, 64, 256):
-        often = sum(is_due(step, batch) for step in range(100_000, 200_000))
-        assert often * 2 * ADDRESSES / 3 <= 0.006 * 100_000 * batch
+    assert due(64, range(20_001)) == [
+        *(10, 20, 50, 100, 200, 500, 1000, 2000, 4000, 5000, 6000, 8000, 10_000, 12_000, 14_000, 16_000, 18_000, 20_000)
+    ]
+    assert due(8, range(1001)) == [500, 1000]
     assert [evaluation.examples_at(step) for step in (10, 50, 100, 5000)] == [128, 128, 512, 512]
+
+
+@pytest.mark.parametrize("holdout", [0, 0.1])
+def test_it_takes_little_of_the_time_of_training(holdout):
+    """A forward pass takes a third of a step on as many images, and there are two or three of them."""
+    passes = 3 if holdout else 2
+    for batch in (8, 64, 256):
+        steps_per_address = passes / 3 / batch
+        often = due(batch, range(100_000, 200_000), holdout)
+        assert len(often) * ADDRESSES * steps_per_address <= 0.006 * 100_000
+        at_start = due(batch, range(1201), holdout)
+        assert sum(evaluation.examples_at(step) for step in at_start) * steps_per_address <= 0.11 * 1200
 
 
 def test_what_is_kept_comes_back_and_is_cut_back(tmp_path):
     errors = {"ema": torch.rand(128), "raw": torch.rand(128)}
+    kept = Evaluation(errors, torch.randperm(128), torch.rand(128))
     for step in (10, 20, 100):
-        evaluation.write(tmp_path, step, errors)
+        evaluation.write(tmp_path, step, kept)
     evaluation.cut_back(tmp_path, 20)
     assert evaluation.evaluated_steps(tmp_path) == [10, 20]
     found = evaluation.read(tmp_path, 20)
     assert found is not None
-    assert all(torch.equal(found[name], errors[name]) for name in errors)
+    assert all(torch.equal(found.errors[name], errors[name]) for name in errors)
+    assert torch.equal(found.image, kept.image)
+    assert torch.equal(found.log_snr, kept.log_snr)
     assert evaluation.read(tmp_path, 100) is None
     (tmp_path / "evaluation/step-0000010.safetensors").write_bytes(b"torn")
     assert evaluation.read(tmp_path, 10) is None
-    summary = evaluation.summary(errors)
+    summary = evaluation.summary(kept)
     assert summary["ema"] == pytest.approx(float(errors["ema"].mean()), rel=1e-6)
     assert len(evaluation.by_band(errors["ema"])) == BANDS
     said = {"ema": 0.01479, "raw": 0.01631, "bands": [0.0014, 0.0113, 0.0494, 0.0112, 0.0007]}

@@ -13,7 +13,8 @@ from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.errors import MathematicsError
 from ddpm_fast.presets import PRESETS
-from ddpm_fast.runs.previews import Previews, is_round
+from ddpm_fast.runs.evaluation import is_round
+from ddpm_fast.runs.previews import Previews
 from ddpm_fast.runs.run import Run
 
 TINY = Config(

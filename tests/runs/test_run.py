@@ -166,7 +166,7 @@ def test_a_signal_is_obeyed_at_once_and_the_finished_steps_are_kept(tmp_path, mo
 def test_an_evaluation_that_is_interrupted_is_made_when_the_run_goes_on(tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patches:
         signal_when_called(patches, "ddpm_fast.runs.evaluation.sampling_copy")
-        with pytest.raises(InterruptedRunError, match="SIGTERM: saved step 10;"):
+        with pytest.raises(InterruptedRunError, match="SIGTERM: saved step 12; continue by"):
             run(tmp_path, TWELVE).train()
     run(tmp_path, TWELVE, resume=True).train()
     assert files(whole / "checkpoints/step-0000012") == files(tmp_path / "checkpoints/step-0000012")

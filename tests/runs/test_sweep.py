@@ -9,7 +9,7 @@ from ddpm_fast.errors import InputError
 from ddpm_fast.runs import evaluation
 from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.sweep import Plan, ranking, read_grid, read_plan, verdict_of
-from tests.runs.test_compare import recorded
+from tests.runs.test_compare import evaluated, recorded
 
 
 def test_all_combinations_are_tried_once():
@@ -28,6 +28,10 @@ def test_a_list_is_one_value_and_no_directory_is_left():
     plan = Plan("base", read_grid(["--channel_multipliers", "1,2", "1,2,2"]))
     assert plan.combinations()["channel-multipliers=1,2,2"] == ["--channel-multipliers", "1", "2", "2"]
     assert list(Plan("base", {"x": ["a/b"]}).combinations()) == ["x=a-b"]
+    long = [",".join(["1"] * 200), ",".join(["2"] * 200)]
+    names = list(Plan("base", {"channel-multipliers": long}).combinations())
+    assert len(set(names)) == 2
+    assert max(map(len, names)) < 255
 
 
 @pytest.mark.parametrize(
@@ -36,8 +40,10 @@ def test_a_list_is_one_value_and_no_directory_is_left():
         (["1e-3"], "stands before any flag"),
         (["--flip"], "--flip has no value to try"),
         (["--steps", "5", "5"], "names a value twice"),
-        (["--data", "photos"], "--data decides which images are seen"),
-        (["--holdout=0.1"], "--holdout decides which images are seen"),
+        (["--data", "photos"], "--data decides which images"),
+        (["--holdout=0.1"], "--holdout decides which images"),
+        (["--seed", "1"], "--seed decides which images and noise"),
+        (["--flip", "true", "--flip=false"], "--flip is named twice"),
     ],
 )
 def test_what_cannot_be_tried_is_refused(arguments, message):
@@ -73,5 +79,5 @@ def test_the_lowest_loss_comes_first(tmp_path):
 def test_a_run_that_was_never_evaluated_is_listed(tmp_path):
     base, run = open_run(recorded(tmp_path / "base")), recorded(tmp_path / "run")
     evaluation.cut_back(run, 0)
-    evaluation.write(run, 5, {"ema": torch.rand(128), "raw": torch.rand(128)})  # a step that the base lacks
+    evaluation.write(run, 5, evaluated(torch.rand(128)))  # a step that the base lacks
     assert ranking(base, [open_run(run)])[1].startswith("run")
