@@ -7,6 +7,7 @@ Shapes: M images in the store, N in a batch, C channels, H x W pixels.
 """
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_fast.config import DataConfig, UNetConfig
+from ddpm_fast.data import contents
 from ddpm_fast.data.arrays import read_array
 from ddpm_fast.data.image_files import Unusable, decode, fit, is_picture
 from ddpm_fast.errors import InputError, nearest
@@ -93,9 +96,12 @@ def _missing(path: Path, error: OSError | ValueError) -> InputError:
 
 def _digits() -> NDArray[np.uint8]:
     """Return scikit-learn's 1,797 handwritten digits, their 17 grey levels spread over 0..255: [M, 8, 8, 1]."""
-    from sklearn.datasets import load_digits  # half a second to import
-
-    pixels, _ = load_digits(return_X_y=True)
+    package = find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    with gzip.open(file) as lines:  # as its `load_digits` does, without the seconds that importing scikit-learn takes
+        pixels = np.loadtxt(lines, delimiter=",", dtype=np.uint8)[:, :-1]
     return np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)[..., None]
 
 
@@ -185,7 +191,7 @@ def _open_folder(path: Path, shape: tuple[int, int, int], data: DataConfig, prog
     files = sorted(file for file in path.rglob("*") if is_picture(file) and file.is_file())
     if not files:
         raise InputError(f"--data {path} holds no image: name a folder with PNG, JPEG, WebP or other image files")
-    digests = _in_parallel("reading", lambda i: _content(files[i]), len(files), progress)
+    digests = contents.digests(path, files, lambda work, count: _in_parallel("reading", work, count, progress))
     names = (os.fsencode(file.relative_to(path)) for file in files)
     key = _digest(repr((shape, STORE_VERSION)).encode(), *names, *digests)
     try:  # the list of unusable files, found out by decoding, is kept beside the store
@@ -196,12 +202,6 @@ def _open_folder(path: Path, shape: tuple[int, int, int], data: DataConfig, prog
         skipped = _decode_all(path, files, key, shape, data.skip_bad, progress)
     _refuse_unusable(path, skipped, len(files), data.skip_bad)
     return _opened(key, len(files), shape, data.data, skipped)
-
-
-def _content(file: Path) -> bytes:
-    with contextlib.suppress(OSError):
-        return hashlib.blake2b(file.read_bytes()).digest()
-    return b"unreadable"
 
 
 def _refuse_unusable(path: Path, skipped: tuple[str, ...], total: int, skip_bad: bool) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from ddpm_fast.config import Config, with_training
 from ddpm_fast.data.batches import BatchSource
@@ -94,6 +93,8 @@ class Run:
             MathematicsError: a loss or gradient was not finite; the last good checkpoint is kept.
             InputError: the disk is full or not writable.
         """
+        from torch.utils.tensorboard import SummaryWriter  # which sampling and checking have no use for
+
         trainer = self.trainer
         with (
             self.signals,

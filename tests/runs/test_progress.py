@@ -110,5 +110,5 @@ def test_a_run_of_the_engine_says_its_steps(tmp_path, monkeypatch, capsys):
     said = lines(capsys)
     where = [line for line in said if line.startswith("step ")]
     assert re.fullmatch(r"step 2 of 4: loss \d\.\d{4}, [\d.e+]+ images/s, \d+ s left", where[0])
-    assert re.fullmatch(r"step 4 of 4: loss \d\.\d{4}, evaluation \d\.\d{4}, [\d.e+]+ images/s", where[1])
+    assert re.fullmatch(r"step 4 of 4: loss \d\.\d{4}, evaluation \d\.\d{4} \([\d. ]+\), [\d.e+]+ images/s", where[1])
     assert "saving step 4" in said
