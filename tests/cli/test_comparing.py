@@ -17,14 +17,16 @@ SMALL = [
     "4",
     "--timesteps",
     "40",
+    "--batch-size",
+    "32",
 ]
-SMALL += ["--batch-size", "8", "--sample-every", "0", "--warmup-steps", "1", "--accept", "configuration"]
+SMALL += ["--sample-every", "0", "--warmup-steps", "1", "--accept", "configuration"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "base"
-    assert cli.run(["train", "--preset", "digits", *SMALL, "--steps", "20", "--out", str(run)]) == 0
+    assert cli.run(["train", "--preset", "digits", *SMALL, "--steps", "210", "--out", str(run)]) == 0
     return run
 
 
@@ -46,7 +48,7 @@ def test_a_sweep_trains_stops_losers_and_goes_on_where_it_was(base, tmp_path, ca
     said = capsys.readouterr().out
     assert "learning-rate=1e-3,prediction=eps is the base" in said
     verdict = json.loads((out / "learning-rate=1e-5,prediction=eps/verdict.json").read_text())
-    assert verdict["verdict"] == "higher"
+    assert (verdict["verdict"], verdict["step"]) == ("higher", 200)
     assert (out / "page.html").exists()
     (out / "learning-rate=1e-5,prediction=v/verdict.json").unlink()
     assert cli.run(["sweep", "--out", str(out), "--resume", "--images", "0"]) == 0
