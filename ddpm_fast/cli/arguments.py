@@ -93,7 +93,7 @@ class SweepArguments:
     """Train all combinations of some flags' values, one after the other, each judged against one run.
 
     Beside the flags below takes any of train's, each with the values to try: --learning-rate 1e-3 2e-3 --flip true
-    false. A list is one value: --channel-multipliers 1,2 1,2,2. What is sure to lose is stopped.
+    false. A list is one value: --channel-multipliers 1,2 1,2,2. What is clearly behind is stopped.
     """
 
     against: str = ""
