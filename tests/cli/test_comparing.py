@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("tyro")
 from ddpm_fast.cli import main as cli
 
 SMALL = [
