@@ -168,7 +168,8 @@ def launch(
     of_input: the arguments of both kernels that say what h is; of_output: those of `normalize_kernel` alone.
     """
     N, x = len(y), of_input["x"]
-    chosen, shared = divide(y, groups, more=of_output["key"] is not None or of_input["added"] is not None)
+    more, joined = of_output["key"] is not None or of_input["added"] is not None, of_input["beside"] is not None
+    chosen, shared = divide(y, groups, more=more, joined=joined)
     grid = checks.grid("x", y, N * chosen.slices * shared["BLOCKS"])
     shared |= {"FIRST": x.shape[1], **of_input}
     mean, rstd = (y.new_empty(N, groups, dtype=torch.float32) for _ in range(2))

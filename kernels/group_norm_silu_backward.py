@@ -262,7 +262,8 @@ def group_norm_silu_backward(
     checks.check_dense("mean", mean, (N, groups), (torch.float32,), x.device)
     checks.check_dense("rstd", rstd, (N, groups), (torch.float32,), x.device)
     random = dropout_arguments(x, key, sample_index, probability, layer)
-    chosen, shared = divide(x, groups, inputs=2, shift=shift is not None, more=random["key"] is not None)
+    options = {"shift": shift is not None, "more": random["key"] is not None, "joined": beside > 0}
+    chosen, shared = divide(x, groups, inputs=2, **options)
     grid = checks.grid("x", x, N * chosen.slices * shared["BLOCKS"])
     shared |= {"x": x, "dy": dy, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
     shared |= shift_arguments(shift) | random | {"partials": None, "SILU": silu}

@@ -202,24 +202,27 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, inputs: int = 1
     return Plan(blocked, block_channels(blocked), block_pixels, slices, slice_pixels, num_warps)
 
 
-def register_limit(chosen: Plan, inputs: int, whole: bool, shift: bool, more: bool) -> int | None:
+def register_limit(chosen: Plan, inputs: int, whole: bool, shift: bool, more: bool, joined: bool) -> int | None:
     """Return how many registers a thread may have, or None for the compiler's own choice, which is not always wise.
 
     Of 64 a multiprocessor has room for two blocks of 16 warps, of 80 for three of 8: some compute while others wait for
     memory. Limited are those kernels that do not spill then on any architecture (tests/kernels/compile_all.py): what
-    masks, shifts, drops or adds needs more (more: whether it drops or adds).
+    masks, shifts, drops or adds needs more (more: whether it drops or adds). What reads two maps side by side (joined)
+    spills a few under the compiler's own choice, too, and none under 128, or 112 in the backward pass.
     """
+    if joined:
+        return 128 if inputs == 1 else 112
     if inputs == 1:
         return 64 if chosen.num_warps == 16 and whole and not more else None
     return 80 if chosen.one_tile and chosen.num_warps in (4, 8) and not (shift or more) else None
 
 
 def divide(
-    x: Tensor, groups: int, inputs: int = 1, *, shift: bool = False, more: bool = False
+    x: Tensor, groups: int, inputs: int = 1, *, shift: bool = False, more: bool = False, joined: bool = False
 ) -> tuple[Plan, dict[str, Any]]:
     """Return the plan for x [N, C, H, W], and the sizes and options that all these kernels take.
 
-    inputs: as for `plan`. shift, more: as for `register_limit`.
+    inputs: as for `plan`. shift, more, joined: as for `register_limit`.
     """
     C, HW = x.shape[1], x.shape[2] * x.shape[3]
     chosen = plan(HW, C, groups, x.element_size(), inputs)
@@ -240,7 +243,7 @@ def divide(
         "BLOCK_P": chosen.block_pixels,
         "WHOLE": whole,
         "num_warps": chosen.num_warps,
-        "maxnreg": register_limit(chosen, inputs, whole, shift, more),
+        "maxnreg": register_limit(chosen, inputs, whole, shift, more, joined),
     }
 
 
