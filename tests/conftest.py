@@ -47,3 +47,21 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
 def exact_float32() -> None:
     """Let no convolution round float32 to TF32, as PyTorch does by itself: tests hold float32 to float32's rounding."""
     set_tf32("fp32")
+
+
+class Clock:
+    """A time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Put a clock in the place of `time.perf_counter`."""
+    clock = Clock()
+    monkeypatch.setattr("time.perf_counter", clock.perf_counter)
+    return clock

@@ -6,23 +6,6 @@ from ddpm_fast import progress
 from ddpm_fast.progress import Progress, duration
 
 
-class Clock:
-    """A time that passes when told to."""
-
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-
-    def perf_counter(self) -> float:
-        return self.seconds
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(progress.time, "perf_counter", clock.perf_counter)
-    return clock
-
-
 @pytest.mark.parametrize(
     ("seconds", "says"),
     [

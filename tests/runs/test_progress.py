@@ -8,23 +8,7 @@ from ddpm_fast.config import with_training
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import progress
 from ddpm_fast.runs.progress import TrainingProgress
-
-
-class Clock:
-    """A time that passes when told to."""
-
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-
-    def perf_counter(self) -> float:
-        return self.seconds
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(progress.time, "perf_counter", clock.perf_counter)
-    return clock
+from tests.conftest import Clock
 
 
 def take(shown: TrainingProgress, clock: Clock, seconds: float, steps: int = 1) -> None:
