@@ -251,3 +251,16 @@ def _part_from_dict(cls: type, values: Any) -> Any:
 def with_training(config: Config, **changes: Any) -> Config:
     """Return the configuration with fields of its `training` part replaced."""
     return replace(config, training=replace(config.training, **changes))
+
+
+def changed_flags(base: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two configurations differ, by name, with both values."""
+    before, now = _flat(to_dict(base)), _flat(to_dict(other))
+    return {name: (before[name], now[name]) for name in now if before[name] != now[name]}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        fields |= value if isinstance(value, dict) else {name: value}
+    return fields

@@ -9,12 +9,12 @@ from pathlib import Path
 from ddpm_fast.api import next_free, train_config
 from ddpm_fast.cli.arguments import SweepArguments
 from ddpm_fast.cli.comparing import write_page
-from ddpm_fast.config import Config
+from ddpm_fast.config import Config, changed_flags
 from ddpm_fast.errors import MathematicsError, NotEnoughMemoryError, require
 from ddpm_fast.files import require_writable
 from ddpm_fast.options import StartOptions
 from ddpm_fast.runs.against import LOST
-from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, changed_flags, open_run
+from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, open_run
 from ddpm_fast.runs.device import free_memory
 from ddpm_fast.runs.signals import InterruptedRunError
 from ddpm_fast.runs.sweep import FAILED, Plan, failed, ranking, read_grid, read_plan, verdict_of
@@ -35,10 +35,8 @@ def prepare(arguments: SweepArguments, flags: Sequence[str]) -> tuple[SweepArgum
         directory = Path(arguments.out) if arguments.out else next_free(Path("runs"), "sweep")
         taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
         require(not taken, f"--out {directory} exists and is not empty: add --resume to continue it, or name another")
-        arguments, plan = (
-            replace(arguments, out=str(directory)),
-            Plan(str(Path(arguments.against).resolve()), read_grid(flags)),
-        )
+        arguments = replace(arguments, out=str(directory))
+        plan = Plan(str(Path(arguments.against).resolve()), read_grid(flags))
         require(
             bool(plan.grid), "nothing to try: name one or more of train's flags with values, --learning-rate 1e-3 2e-3"
         )

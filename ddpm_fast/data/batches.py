@@ -28,6 +28,8 @@ def split(count: int, holdout: float) -> tuple[Tensor, Tensor]:
     held_out = round(count * holdout)
     if holdout and not 0 < held_out < count:
         raise InputError(f"--holdout {holdout} of {count} images leaves none on one side: take another share, or 0")
+    if not held_out:
+        return torch.arange(count), torch.empty(0, dtype=torch.int64)
     order = permutation(key_from_seed(HOLDOUT_SEED), 0, count)
     return order[held_out:].sort().values, order[:held_out].sort().values
 

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpm_fast.config import Config
+from ddpm_fast.config import Config, changed_flags
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file
@@ -21,7 +21,6 @@ from ddpm_fast.runs.compare import (
     LOSS_IS_NOT_QUALITY,
     Difference,
     RecordedRun,
-    changed_flags,
     difference,
     differences,
     open_run,

@@ -9,7 +9,6 @@ import difflib
 import json
 import math
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.config import Config, to_dict
+from ddpm_fast.config import Config, changed_flags
 from ddpm_fast.errors import InputError, flag
 from ddpm_fast.runs import evaluation, origin
 from ddpm_fast.runs.directory import read_config, read_metrics
@@ -161,19 +160,6 @@ def not_paired(base: RecordedRun, other: RecordedRun) -> str:
     if base.config.data.holdout != other.config.data.holdout:
         return "they hold out other images"
     return ""
-
-
-def changed_flags(base: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the configuration's fields that differ, by name, with both values."""
-    before, now = _flat(to_dict(base)), _flat(to_dict(other))
-    return {name: (before[name], now[name]) for name in now if before[name] != now[name]}
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in values.items():
-        fields |= value if isinstance(value, dict) else {name: value}
-    return fields
 
 
 @dataclass(frozen=True)

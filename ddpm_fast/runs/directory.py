@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from ddpm_fast import __version__
-from ddpm_fast.config import Config, from_dict, to_dict, with_training
-from ddpm_fast.errors import InputError
+from ddpm_fast.config import Config, changed_flags, from_dict, to_dict, with_training
+from ddpm_fast.errors import InputError, flag
 from ddpm_fast.files import replace_file, writing
 from ddpm_fast.runs import checkpoint, evaluation
 
@@ -43,17 +43,6 @@ def read_config(run: Path) -> tuple[Config, str] | None:
         return None
 
 
-def _differences(saved: Config, asked: Config) -> list[str]:
-    """Name the fields in which two configurations differ, as "name: saved -> asked"."""
-    saved_values, asked_values = to_dict(saved), to_dict(asked)
-    pairs = []
-    for part, value in saved_values.items():
-        fields = value if isinstance(value, dict) else {part: value}
-        others = asked_values[part] if isinstance(value, dict) else {part: asked_values[part]}
-        pairs += [f"--{k.replace('_', '-')} {fields[k]} -> {others[k]}" for k in fields if fields[k] != others[k]]
-    return pairs
-
-
 def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
     """Refuse to continue a run as another one: --steps may be raised, and what is checked may change.
 
@@ -65,8 +54,9 @@ def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
         return
     saved, saved_fingerprint = found
     steps = config.training.steps
-    differing = _differences(replace(with_training(saved, steps=steps), checks=config.checks), config)
-    if differing:
+    changed = changed_flags(replace(with_training(saved, steps=steps), checks=config.checks), config)
+    if changed:
+        differing = [f"{flag(name)} {before} -> {asked}" for name, (before, asked) in changed.items()]
         raise InputError(
             f"{run} was started otherwise ({'; '.join(differing)}): leave the flag out, or use another --out"
         )
