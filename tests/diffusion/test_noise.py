@@ -255,7 +255,7 @@ def test_words_below_happen_with_the_thresholds_probability(probability):
 
 
 @pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
-@pytest.mark.parametrize("images", [1, 4, 9])
+@pytest.mark.parametrize("images", [1, *(pytest.param(images, marks=pytest.mark.slow) for images in (4, 9))])
 def test_compiled_code_makes_the_same_words(images):
     """C++ leaves an int64 that wraps undefined: GCC made other words of it, one image at a time."""
 

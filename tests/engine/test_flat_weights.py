@@ -95,6 +95,7 @@ def test_in_bfloat16_losses_and_gradients_are_those_of_autocast(alignment, monke
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_loss_compiles_whole():
     made = trainer(accumulate=2)
     made.load_batch()

@@ -104,9 +104,8 @@ def test_compiles_whole_and_once(ops):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(
-    "ops", [pytest.param(FUSED, id="kernels"), pytest.param(REFERENCE, id="reference", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ops", [FUSED, REFERENCE], ids=["kernels", "reference"])
 def test_all_that_the_engine_compiles_is_one_graph(ops):
     """The losses of a training step with their gradients, and the U-Net as the sampling loop calls it."""
     made = trainer(ops)
