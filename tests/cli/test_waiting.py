@@ -16,7 +16,7 @@ print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
 
 @pytest.mark.parametrize(
     ("users", "said"),
-    [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "5"}, "5")],
+    [({}, "30000"), ({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "5"}, "5")],
 )
 def test_idle_threads_sleep_soon_unless_the_user_decided(users, said):
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | users
@@ -39,4 +39,4 @@ main.main(["check"])
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "10000", done.stderr
+    assert done.stdout.strip() == "30000", done.stderr
