@@ -140,6 +140,10 @@ class TrainingConfig:
     """Adam's learning rate after warm-up."""
     warmup_steps: int = 5000
     """Steps over which the learning rate rises linearly from 0."""
+    cooldown: float = 0.0
+    """Share of the steps, 0 to 1, at the end, over which the learning rate falls linearly to 0."""
+    adam_beta2: float = 0.999
+    """Decay per step of Adam's average of squared gradients."""
     clip_norm: float = 1.0
     """Largest global gradient norm; longer gradients are scaled down to it. 0 turns clipping off."""
     ema_decay: float = 0.9999
@@ -178,8 +182,20 @@ class TrainingConfig:
             f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} equal parts",
         )
         require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}: it must be positive")
+        require(0 <= self.cooldown <= 1, f"--cooldown is {self.cooldown}: it must lie in [0, 1]")
+        require(0 < self.adam_beta2 < 1, f"--adam-beta2 is {self.adam_beta2}: it must lie in (0, 1)")
         require(0 <= self.ema_decay < 1, f"--ema-decay is {self.ema_decay}: it must lie in [0, 1)")
         require_seed(self.seed)
+
+    @property
+    def cooldown_steps(self) -> int:
+        """Steps at the end over which the learning rate falls."""
+        return round(self.cooldown * self.steps)
+
+    @property
+    def cooldown_start(self) -> int:
+        """Steps before the cooldown, up to which a run does not depend on how many follow; all where there is none."""
+        return self.steps - self.cooldown_steps
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ TRAINING_COLUMN = TrainingTable(*range(len(TrainingTable._fields)))
 STEP_NUMBER = StepNumbers(*range(len(StepNumbers._fields)))
 STEP_FIGURE = StepFigures(*range(len(StepFigures._fields)))
 
-ADAM_BETAS = (0.9, 0.999)
+ADAM_BETA1 = 0.9
 ADAM_EPS = 1e-8
 """Kingma and Ba 2015's own settings, which the paper leaves as they are."""
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 MEANT = {
     "amp": "precision",
     "batch": "batch-size",
+    "beta2": "adam-beta2",
     "beta-schedule": "schedule",
     "checkpoint-every": "save-every",
     "dim": "channels",

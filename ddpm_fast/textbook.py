@@ -189,14 +189,16 @@ def train(
 ) -> Iterator[float]:
     """Train on batches numbered from 0, let ema follow, and yield each loss: Algorithm 1, settings of Appendix B."""
     training = config.training
-    optimizer = torch.optim.Adam(unet.parameters())
+    optimizer = torch.optim.Adam(unet.parameters(), betas=(0.9, training.adam_beta2))
     for step, images in batches:
         loss = training_loss(unet.train(), images, config, random)
         optimizer.zero_grad()
         loss.backward()
         if training.clip_norm > 0:
             nn.utils.clip_grad_norm_(unet.parameters(), training.clip_norm)
-        optimizer.param_groups[0]["lr"] = training.learning_rate * min(1, (step + 1) / max(training.warmup_steps, 1))
+        rise = min(1, (step + 1) / max(training.warmup_steps, 1))
+        fall = min(1, (training.steps - step) / training.cooldown_steps) if training.cooldown_steps else 1
+        optimizer.param_groups[0]["lr"] = training.learning_rate * rise * fall
         optimizer.step()
         decay = min(training.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -217,14 +219,11 @@ def predict(unet: nn.Module, x_t: Tensor, t: int, process: ForwardProcess) -> tu
     """Return the x_start and eps that x_t is made of according to the U-Net; x_start is clipped if configured so."""
     output = unet(x_t, process.timesteps[t].expand(len(x_t)))
     a, b = process.alpha_bar[t].sqrt(), (1 - process.alpha_bar[t]).sqrt()
-    if process.config.prediction == "eps":
-        x_start, eps = (x_t - b * output) / a, output  # Equation 15
-    elif process.config.prediction == "x0":
-        x_start, eps = output, (x_t - a * output) / b
-    elif process.config.prediction == "v":
-        x_start, eps = a * x_t - b * output, b * x_t + a * output  # Salimans and Ho 2022, Appendix D
-    else:
-        raise KeyError(process.config.prediction)
+    x_start, eps = {
+        "eps": ((x_t - b * output) / a, output),  # Equation 15
+        "x0": (output, (x_t - a * output) / b),
+        "v": (a * x_t - b * output, b * x_t + a * output),  # Salimans and Ho 2022, Appendix D
+    }[process.config.prediction]
     return x_start.clamp(-1, 1) if process.config.clip else x_start, eps
 
 

@@ -19,13 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_fast.constants import ADAM_BETAS, ADAM_EPS, STEP_FIGURE, STEP_NUMBER
+from ddpm_fast.constants import ADAM_BETA1, ADAM_EPS, STEP_FIGURE, STEP_NUMBER
 from ddpm_fast.kernels import checks
 
-BETA1 = tl.constexpr(ADAM_BETAS[0])
-BETA2 = tl.constexpr(ADAM_BETAS[1])
-LOG_BETA1 = tl.constexpr(math.log(ADAM_BETAS[0]))
-LOG_BETA2 = tl.constexpr(math.log(ADAM_BETAS[1]))
+BETA1 = tl.constexpr(ADAM_BETA1)
+LOG_BETA1 = tl.constexpr(math.log(ADAM_BETA1))
 EPS = tl.constexpr(ADAM_EPS)
 
 STEP = tl.constexpr(STEP_NUMBER.step)
@@ -70,6 +68,9 @@ def adam_scalars_kernel(
     partials,  # B
     learning_rate,
     warmup_steps,  # 1 or more
+    steps,
+    cooldown_steps,  # 0 for none
+    log_beta2,
     clip_norm,  # 0 for none
     least_follow,  # 1 - the largest decay
 ):
@@ -90,15 +91,17 @@ def adam_scalars_kernel(
     tl.store(numbers_ptr + BAD_STEP, bad_step)
     tl.store(numbers_ptr + LOSS_STEPS, tl.load(numbers_ptr + LOSS_STEPS) + moves.to(tl.int64))
 
-    rate = learning_rate * tl.minimum((step + 1).to(tl.float32) / warmup_steps, 1.0)
+    rise = tl.minimum((step + 1).to(tl.float32) / warmup_steps, 1.0)
+    fall = tl.where(cooldown_steps > 0, tl.minimum((steps - step).to(tl.float32) / cooldown_steps, 1.0), 1.0)
+    rate = learning_rate * rise * fall
     tl.store(figures_ptr + LEARNING_RATE, rate)
     tl.store(figures_ptr + GRADIENT_NORM, norm)
     tl.store(figures_ptr + LOSS_SUM, tl.load(figures_ptr + LOSS_SUM) + tl.where(moves, loss, 0.0))
 
-    # In float64: 1 - beta2 is 1e-3, so that float32 would leave the first steps four digits.
+    # In float64: 1 - beta2 is 1e-3 or so, and float32 would leave the first steps four digits.
     n = updates.to(tl.float64)
     step_size = rate / (1.0 - tl.exp(n * LOG_BETA1))
-    root_scale = 1.0 / tl.sqrt(1.0 - tl.exp(n * LOG_BETA2))
+    root_scale = 1.0 / tl.sqrt(1.0 - tl.exp(n * log_beta2))
     tl.store(scalars_ptr + MOVES, moves.to(tl.float32))
     tl.store(scalars_ptr + CLIP, tl.where(clip_norm > 0, tl.minimum(clip_norm / norm, 1.0), 1.0))
     tl.store(scalars_ptr + STEP_SIZE, step_size.to(tl.float32))
@@ -116,6 +119,7 @@ def adam_ema_kernel(
     scalars_ptr,  # [5] float32
     low_precision_ptr,  # [P], written, or None
     P,
+    beta2_rest,  # 1 - beta2
 ):
     if tl.load(scalars_ptr + MOVES) == 0:
         return
@@ -127,7 +131,8 @@ def adam_ema_kernel(
     real = place < P
     gradient = clip * tl.load(gradient_ptr + place, mask=real, other=0.0).to(tl.float32)
     exp_avg = BETA1 * tl.load(exp_avg_ptr + place, mask=real, other=0.0) + (1 - BETA1) * gradient
-    exp_avg_sq = BETA2 * tl.load(exp_avg_sq_ptr + place, mask=real, other=0.0) + (1 - BETA2) * gradient * gradient
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + place, mask=real, other=0.0)
+    exp_avg_sq = (1 - beta2_rest) * exp_avg_sq + beta2_rest * gradient * gradient
     weights = tl.load(weights_ptr + place, mask=real, other=0.0)
     weights -= step_size * exp_avg / (tl.sqrt(exp_avg_sq) * root_scale + EPS)
     ema = tl.load(ema_ptr + place, mask=real, other=0.0)
@@ -155,6 +160,9 @@ def adam_ema(
     *,
     learning_rate: float,
     warmup_steps: int,
+    steps: int,
+    cooldown_steps: int,
+    beta2: float,
     clip_norm: float,
     ema_decay: float,
 ) -> None:
@@ -187,6 +195,9 @@ def adam_ema(
             partials=partials,
             learning_rate=learning_rate,
             warmup_steps=max(warmup_steps, 1),
+            steps=steps,
+            cooldown_steps=cooldown_steps,
+            log_beta2=math.log(beta2),
             clip_norm=clip_norm,
             least_follow=1 - ema_decay,
         )
@@ -196,4 +207,5 @@ def adam_ema(
             scalars_ptr=scalars,
             low_precision_ptr=low_precision,
             P=P,
+            beta2_rest=1 - beta2,
         )

@@ -185,6 +185,30 @@ def test_training_is_the_textbooks(prediction):
     assert_trains_as_the_textbook(engine(configuration(prediction)))
 
 
+COOLING: dict[str, Any] = {"steps": 20, "warmup_steps": 5, "cooldown": 0.4, "adam_beta2": 0.95}
+RATES = [n / 5 for n in range(1, 5)] + [1.0] * 8 + [n / 8 for n in range(8, 0, -1)]
+"""Of those 20 steps, as shares of the learning rate: 5 of warm-up, 7 in full, and 8 of cooldown, the first in full."""
+
+
+def test_training_with_a_cooldown_and_another_beta2_is_the_textbooks(monkeypatch):
+    trainer, ours, theirs = engine(configuration("v", **COOLING)), list[float](), list[float]()
+    step_of_ours, step_of_theirs = trainer.train_step_no_sync, torch.optim.Adam.step
+
+    def take_ours() -> None:
+        step_of_ours()
+        ours.append(float(trainer.figures.learning_rate))
+
+    def take_theirs(self: torch.optim.Adam) -> None:
+        theirs.append(self.param_groups[0]["lr"])
+        step_of_theirs(self)
+
+    monkeypatch.setattr(trainer, "train_step_no_sync", take_ours)
+    monkeypatch.setattr(torch.optim.Adam, "step", take_theirs)
+    assert_trains_as_the_textbook(trainer)
+    assert theirs == pytest.approx([1e-3 * share for share in RATES], rel=1e-15)
+    assert ours == pytest.approx([1e-3 * share for share in RATES], rel=1e-7)
+
+
 def test_training_late_in_a_run_is_the_textbooks():
     assert_trains_as_the_textbook(engine(configuration("v", ema_decay=0.999)), steps=3, first_step=20_000)
 
@@ -192,8 +216,8 @@ def test_training_late_in_a_run_is_the_textbooks():
 def test_training_with_kernels_is_the_textbooks():
     pytest.importorskip("triton")
     images, steps = (4, 20) if DEVICE.type == "cuda" else (1, 2)  # Triton's interpreter takes a second per image
-    config = configuration("v", batch_size=images, accumulate=1)
-    assert_trains_as_the_textbook(engine(config, kernels=True), steps)
+    config = configuration("v", batch_size=images, accumulate=1, **COOLING)
+    assert_trains_as_the_textbook(engine(config, kernels=True), steps, first_step=COOLING["steps"] - steps)
 
 
 def test_compiled_training_is_the_textbooks():

@@ -241,11 +241,13 @@ def test_by_default_timesteps_are_uniform_flips_are_fair_and_noise_is_normal():
     assert abs(float((eps[..., 0] * eps[..., 1]).mean())) < 0.04
 
 
+@pytest.mark.parametrize(("cooldown", "beta2"), [(0.0, 0.999), (0.125, 0.9)])
 @pytest.mark.parametrize("clip_norm", [0.0, 0.2])
 @pytest.mark.parametrize("warmup_steps", [0, 4])
-def test_training_is_adam_by_hand_and_the_average_its_closed_form(warmup_steps, clip_norm):
+def test_training_is_adam_by_hand_and_the_average_its_closed_form(warmup_steps, clip_norm, cooldown, beta2):
     steps, beta = range(30, 40), 0.02
-    training = TrainingConfig(learning_rate=0.1, warmup_steps=32 + warmup_steps, clip_norm=clip_norm, ema_decay=0.8)
+    rates = {"steps": 40, "learning_rate": 0.1, "warmup_steps": 32 + warmup_steps, "cooldown": cooldown}
+    training = TrainingConfig(**rates, adam_beta2=beta2, clip_norm=clip_norm, ema_decay=0.8)
     config = Config(diffusion=DiffusionConfig(1, beta_start=beta, beta_end=beta), training=training)
     unet, ema = Scale(-0.5), Scale(2.0)
     images, noise = torch.tensor([51, 204, 255], dtype=torch.uint8).view(3, 1, 1, 1), normal(10, 3, 1, 1, 1)
@@ -264,9 +266,9 @@ def test_training_is_adam_by_hand_and_the_average_its_closed_form(warmup_steps, 
         g = np.mean(2 * x_t * (w * x_t - eps))
         if clip_norm and abs(g) > clip_norm:
             g, clipped = np.sign(g) * clip_norm, clipped + 1
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        rate = 0.1 * min(1, (step + 1) / (32 + warmup_steps))
-        w -= rate * (m / (1 - 0.9 ** (i + 1))) / (np.sqrt(v / (1 - 0.999 ** (i + 1))) + 1e-8)
+        m, v = 0.9 * m + 0.1 * g, beta2 * v + (1 - beta2) * g**2
+        rate = 0.1 * min(1, (step + 1) / (32 + warmup_steps)) * (min(1, (40 - step) / 5) if cooldown else 1)
+        w -= rate * (m / (1 - 0.9 ** (i + 1))) / (np.sqrt(v / (1 - beta2 ** (i + 1))) + 1e-8)
         assert weights[i] == pytest.approx(w, rel=1e-5)
     assert bool(clipped) == bool(clip_norm)
 

@@ -18,6 +18,8 @@ MEASURES: dict[str, Callable[[Config], float]] = {
     "batch_size": lambda config: config.training.batch_size,
     "learning_rate": lambda config: config.training.learning_rate,
     "warmup_steps": lambda config: max(config.training.warmup_steps, 1),
+    "cooldown": lambda config: config.training.cooldown,
+    "adam_beta2": lambda config: 1 - config.training.adam_beta2,
     "clip_norm": lambda config: config.training.clip_norm,
     "ema_decay": lambda config: 1 - config.training.ema_decay,
     "min_snr_gamma": lambda config: config.training.min_snr_gamma,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm_fast.checks.norms import Norm, norms
 from ddpm_fast.checks.results import CheckResult, judged
+from ddpm_fast.checks.stand_in import steps_to_check
 from ddpm_fast.config import Config
 from ddpm_fast.constants import StepFigures, StepNumbers
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, random_timesteps
@@ -156,7 +157,7 @@ def _update_cases(config: Config, device: torch.device, dtype: torch.dtype) -> I
 
     def step_inputs() -> Inputs:
         copied = {} if dtype == torch.float32 else {"low_precision": torch.zeros(size, dtype=dtype, device=device)}
-        numbers = StepNumbers(step=training.warmup_steps, updates=5, bad_step=-1, loss_steps=0)
+        numbers = StepNumbers(step=steps_to_check(training)[-1], updates=5, bad_step=-1, loss_steps=0)
         return {
             **{name: _normal((size,), device, seed) for seed, name in enumerate(moved)},
             "exp_avg_sq": _normal((size,), device, 4).square(),
@@ -168,8 +169,16 @@ def _update_cases(config: Config, device: torch.device, dtype: torch.dtype) -> I
         }
 
     def update(op: Op, inputs: Inputs) -> Sequence[Tensor]:
-        settings = {"warmup_steps": training.warmup_steps, "clip_norm": size**0.5 / 2, "ema_decay": training.ema_decay}
-        op(**{"low_precision": None, **inputs}, learning_rate=1.0, **settings)
+        op(
+            **{"low_precision": None, **inputs},
+            learning_rate=1.0,
+            warmup_steps=training.warmup_steps,
+            steps=training.steps,
+            cooldown_steps=training.cooldown_steps,
+            beta2=training.adam_beta2,
+            clip_norm=size**0.5 / 2,
+            ema_decay=training.ema_decay,
+        )
         return [inputs[name] for name in (*moved, "figures", "low_precision") if name in inputs]
 
     yield Case("adam_ema", "", (size,), dtype, step_inputs, update, _largest)

@@ -96,6 +96,11 @@ def exact_float32() -> Iterator[None]:
 
 
 def steps_to_check(config: TrainingConfig) -> tuple[int, int, int]:
-    """Return the numbers of a run's first step, one in the warm-up, and one long after everything has warmed up."""
+    """Return the numbers of a run's first step, one in the warm-up, and one late in the run.
+
+    That is half way through the cooldown, or without one long after everything has warmed up.
+    """
     middle, warm = max(1, config.warmup_steps // 2), 100 / (1 - config.ema_decay)
+    if config.cooldown_steps:  # then nothing is asked for after the last step
+        return 0, min(middle, config.steps - 1), config.steps - (config.cooldown_steps + 1) // 2
     return 0, middle, min(int(max(warm, 2 * config.warmup_steps, 1000)), 2**28)

@@ -81,7 +81,7 @@ def check_finite(steps: list[TrainingStep]) -> CheckResult:
 
 
 def record_steps(trainer: Trainer, run: Config) -> list[TrainingStep]:
-    """Record a step at a run's start, in its warm-up and long after, with gradients too short and too long to clip."""
+    """Record a step at a run's start, in its warm-up and late, with gradients too short and too long to clip."""
     modules, steps, table, limit = watched_modules(trainer.config.unet), [], trainer.table, run.training.clip_norm
     for updates, number in enumerate(steps_to_check(run.training)):
         if updates and limit:  # the loss's weight lengthens the gradient

@@ -197,7 +197,8 @@ def _check_clipping(steps: list[FlatStep], updates: list[Update], file: str) -> 
         found = step.sums(added * gradient) / length.square() / 0.1
         rest = step.lengths(added - 0.1 * step.repeated(found) * gradient) / (0.1 * found * length)
         scaled = (found > 0) & (rest < CLIP_BOUND)  # else something other than scaling became of it
-        square = step.sums(_added(step, "exp_avg_sq", 0.001) * squares) / step.sums(squares.square()) / 0.001
+        share = 1 - step.training.adam_beta2
+        square = step.sums(_added(step, "exp_avg_sq", share) * squares) / step.sums(squares.square()) / share
         expected = step.lengths(update.clipped) / length
         wrong = (found - expected).abs() > (CLIP_BOUND + update.rounding) * expected
         wrong &= scaled & ((square - found.square()).abs() < 0.05 * found.square())
@@ -245,7 +246,7 @@ def _rate_ratio(step: FlatStep, update: Update) -> float:
 
 
 def _moments_off(step: FlatStep, update: Update) -> list[str]:
-    for moment, share in (("exp_avg", 0.1), ("exp_avg_sq", 0.001)):
+    for moment, share in (("exp_avg", 0.1), ("exp_avg_sq", 1 - step.training.adam_beta2)):
         expected, kept = update.after[moment], (1 - share) * step.before[moment]
         parts = step.lengths(kept) + step.lengths(expected - kept)  # which may cancel
         off = step.lengths(step.after[moment] - expected) / parts.clamp(min=1e-30)

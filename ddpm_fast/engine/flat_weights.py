@@ -135,6 +135,9 @@ class FlatWeights:
             self.low_precision,
             learning_rate=training.learning_rate,
             warmup_steps=training.warmup_steps,
+            steps=training.steps,
+            cooldown_steps=training.cooldown_steps,
+            beta2=training.adam_beta2,
             clip_norm=training.clip_norm,
             ema_decay=training.ema_decay,
         )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast.constants import (
-    ADAM_BETAS,
+    ADAM_BETA1,
     ADAM_EPS,
     GROUP_NORM_EPS,
     Row,
@@ -79,8 +79,7 @@ def q_sample(
         [N, C, H, W] in `dtype`, laid out as NHWC, on which convolutions run faster.
     """
     row, x_start, eps = _example(images, t, table, key, sample_index, flip)
-    x_t = row.signal * x_start + row.noise * eps
-    return x_t.to(dtype, memory_format=torch.channels_last)
+    return (row.signal * x_start + row.noise * eps).to(dtype, memory_format=torch.channels_last)
 
 
 def noise_mse(
@@ -100,8 +99,7 @@ def noise_mse(
         images, t, table, key, sample_index, flip: as for `q_sample`.
 
     Returns:
-        [N] mean squared errors weight * mean((prediction - target)**2), in the arithmetic's dtype, where the target is
-        target_eps * eps + target_x_start * x_start.
+        [N] weight * mean((prediction - (target_eps * eps + target_x_start * x_start))**2), in the arithmetic's dtype.
     """
     row, x_start, eps = _example(images, t, table, key, sample_index, flip)
     target = row.target_eps * eps + row.target_x_start * x_start
@@ -162,8 +160,7 @@ def group_norm_silu_and_residual(
     """Compute `group_norm_silu` of h at the head of a residual branch: return y, and h for the connection past it.
 
     h = x + added + shift, and beside its channels those of `beside`: what the branch before ends with, and a skip
-    connection. A kernel reads them anyway, so it adds up and joins; and h has two gradients to be added, one through y
-    and one from past the branch: a kernel adds the second while it writes the first.
+    connection. A kernel adds up and joins what it reads anyway, and h's gradients, through y and past the branch.
 
     Args:
         x, shift, groups, silu, eps: as for `group_norm_silu`; weight and bias are those of all channels of h.
@@ -220,8 +217,7 @@ def reverse_step(
         step: [1] int64, the row's number 0..K-1.
         key: [2] int64 words of the seed.
         sample_index: [N] int64 numbers of the images.
-        x0: [N, C, H, W] float32, the last step's x0 (zeros at first), overwritten with this step's; needed by
-            multistep samplers only.
+        x0: [N, C, H, W] float32, for multistep samplers: the last step's x0 (zeros at first), then this one's.
         model_input: [N, C, H, W], overwritten with x in the dtype that the U-Net reads.
         clip: clip x0 to [-1, 1].
         noisy: whether any row adds noise; without, none is made.
@@ -243,9 +239,11 @@ def reverse_step(
         model_input.copy_(x)
 
 
-def learning_rate_at(step: Tensor, learning_rate: float, warmup_steps: int) -> Tensor:
-    """Return the rate of the step-th update (from 0): a linear rise over the warm-up, then constant; [] float64."""
-    return learning_rate * ((step + 1).double() / max(warmup_steps, 1)).clamp(max=1.0)
+def learning_rate_at(step: Tensor, learning_rate: float, warmup_steps: int, steps: int, cooldown_steps: int) -> Tensor:
+    """Return the rate of a step, from 0, of so many: it rises over the first and falls over the last; [] float64."""
+    rise = ((step + 1).double() / max(warmup_steps, 1)).clamp(max=1.0)
+    fall = ((steps - step).double() / cooldown_steps).clamp(max=1.0) if cooldown_steps else 1.0
+    return learning_rate * rise * fall
 
 
 def ema_decay_at(step: Tensor, ema_decay: float) -> Tensor:
@@ -256,7 +254,8 @@ def ema_decay_at(step: Tensor, ema_decay: float) -> Tensor:
 def adam_ema(
     weights: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor, gradient: Tensor, loss: Tensor, numbers: Tensor,
     figures: Tensor, low_precision: Tensor | None,
-    *, learning_rate: float, warmup_steps: int, clip_norm: float, ema_decay: float,
+    *, learning_rate: float, warmup_steps: int, steps: int, cooldown_steps: int, beta2: float, clip_norm: float,
+    ema_decay: float,
 ) -> None:  # fmt: skip
     """Take Adam's n-th step with a clipped gradient, and let the average follow, in place (Kingma and Ba 2015, Alg. 1).
 
@@ -272,7 +271,8 @@ def adam_ema(
         numbers: [4] int64, those of `StepNumbers`; the step decides on the rate and the decay.
         figures: [3] float32, those of `StepFigures`.
         low_precision: [P], written with the new weights, if the U-Net computes with such; or None.
-        learning_rate, warmup_steps: see `learning_rate_at`.
+        learning_rate, warmup_steps, steps, cooldown_steps: see `learning_rate_at`.
+        beta2: of Adam; beta1 is 0.9.
         clip_norm: the largest norm of the gradient; 0 is any.
         ema_decay: see `ema_decay_at`.
     """
@@ -284,14 +284,14 @@ def adam_ema(
     moves = number.bad_step < 0
     number.updates.add_(moves)
     number.loss_steps.add_(moves)
-    figure.learning_rate.copy_(learning_rate_at(number.step, learning_rate, warmup_steps))
+    figure.learning_rate.copy_(learning_rate_at(number.step, learning_rate, warmup_steps, steps, cooldown_steps))
     figure.gradient_norm.copy_(norm)
     figure.loss_sum.add_(torch.where(moves, loss, 0.0))
     scale = (norm / clip_norm).clamp(min=1.0) if clip_norm else torch.ones_like(norm)
     # One pass over memory: it divides by grad_scale and does nothing where found_inf is 1.
     torch._fused_adam_(
         [weights], [gradient], [exp_avg], [exp_avg_sq], [], [number.updates.float()],
-        lr=figure.learning_rate, beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], eps=ADAM_EPS,
+        lr=figure.learning_rate, beta1=ADAM_BETA1, beta2=beta2, eps=ADAM_EPS,
         weight_decay=0.0, amsgrad=False, maximize=False, grad_scale=scale.float(), found_inf=(~moves).float(),
     )  # fmt: skip
     decay = torch.where(moves, ema_decay_at(number.step, ema_decay), 1.0)

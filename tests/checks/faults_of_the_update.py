@@ -22,7 +22,7 @@ def rate_never_applied(monkeypatch):
 
 
 def no_warm_up(monkeypatch):
-    monkeypatch.setattr(reference, "learning_rate_at", lambda step, rate, warm_up: torch.tensor(rate))
+    monkeypatch.setattr(reference, "learning_rate_at", lambda step, rate, *rest: torch.tensor(rate))
 
 
 def warm_up_one_step_late(monkeypatch):
@@ -35,12 +35,38 @@ def rate_that_decays(monkeypatch):
     monkeypatch.setattr(reference, "learning_rate_at", lambda step, *rest: rate(step, *rest) * 0.99999**step)
 
 
+def change_rate(monkeypatch: pytest.MonkeyPatch, change: Callable[..., tuple[int, int]]) -> None:
+    rate = reference.learning_rate_at
+    monkeypatch.setattr(reference, "learning_rate_at", lambda *given: rate(*given[:3], *change(*given[3:])))
+
+
+def no_cooldown(monkeypatch):
+    change_rate(monkeypatch, lambda steps, cooldown_steps: (steps, 0))
+
+
+def cooldown_one_step_late(monkeypatch):
+    change_rate(monkeypatch, lambda steps, cooldown_steps: (steps + 1, cooldown_steps))
+
+
+def cooldown_over_half_the_steps(monkeypatch):
+    change_rate(monkeypatch, lambda steps, cooldown_steps: (steps, steps // 2))
+
+
+def cooldown_by_a_cosine(monkeypatch):
+    def cosine(step, rate, warmup_steps, steps, cooldown_steps):
+        left = ((steps - step).double() / cooldown_steps).clamp(max=0.999)
+        return at(step, rate, warmup_steps, steps, 0) * (1 - torch.cos(torch.pi * left**0.5)) / 2
+
+    at = reference.learning_rate_at
+    monkeypatch.setattr(reference, "learning_rate_at", cosine)
+
+
 def betas_exchanged(monkeypatch):
-    monkeypatch.setattr(reference, "ADAM_BETAS", (0.999, 0.9))
+    change_adam(monkeypatch, beta1=0.999, beta2=0.9)
 
 
 def another_beta(monkeypatch):
-    monkeypatch.setattr(reference, "ADAM_BETAS", (0.9, 0.99))
+    change_adam(monkeypatch, beta2=0.95)
 
 
 def another_adam_eps(monkeypatch):

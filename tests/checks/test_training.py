@@ -58,11 +58,15 @@ from tests.checks.faults_of_the_update import (
     clipped_by_parameter,
     clipped_by_value,
     clipped_though_short,
+    cooldown_by_a_cosine,
+    cooldown_one_step_late,
+    cooldown_over_half_the_steps,
     decay_without_warm_up,
     decay_wrong_late,
     gradient_ascent,
     no_bias_correction,
     no_clipping,
+    no_cooldown,
     no_warm_up,
     one_parameter_never_updated,
     rate_100_times_too_high,
@@ -111,7 +115,10 @@ RIGHT = {
     "one-channel-groups": replace(CONFIG, unet=replace(UNET, groups=8, dropout=0.0)),
     "three-groups": replace(CONFIG, unet=replace(UNET, channels=6, groups=3)),
     "one-timestep": replace(CONFIG, diffusion=DiffusionConfig(1)),
+    "cooling": with_training(CONFIG, steps=40, warmup_steps=8, cooldown=0.2, adam_beta2=0.99),
+    "one-step": with_training(CONFIG, steps=1, cooldown=1.0, adam_beta2=0.5),
 }
+COOLING = RIGHT["cooling"]
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -164,8 +171,13 @@ FAULTS: list[tuple[Plant, Config, str, str]] = [
     (no_warm_up, CONFIG, "optimizer", REFERENCE),
     (warm_up_one_step_late, CONFIG, "optimizer", REFERENCE),
     (rate_that_decays, CONFIG, "optimizer", REFERENCE),
+    (no_cooldown, COOLING, "optimizer", REFERENCE),
+    (cooldown_one_step_late, COOLING, "optimizer", REFERENCE),
+    (cooldown_over_half_the_steps, COOLING, "optimizer", REFERENCE),
+    (cooldown_by_a_cosine, COOLING, "optimizer", REFERENCE),
     (betas_exchanged, CONFIG, "optimizer", REFERENCE),
     (another_beta, CONFIG, "optimizer", REFERENCE),
+    (another_beta, COOLING, "optimizer", REFERENCE),
     (another_adam_eps, CONFIG, "optimizer", REFERENCE),
     (weight_decay, CONFIG, "optimizer", REFERENCE),
     (gradient_ascent, CONFIG, "optimizer", REFERENCE),

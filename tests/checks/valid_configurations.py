@@ -68,6 +68,9 @@ def _training(random: Random) -> TrainingConfig:
         seed=random.choice((0, 1, 17, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 2**64 - 2, random.randrange(2**64))),
         device="cpu",
         precision=random.choice(("auto", "fp32")),
+        steps=random.choice((1, 3, 100, 800_000)),
+        cooldown=random.choice((0.0, 0.0, 0.01, 0.2, 1.0)),
+        adam_beta2=random.choice((0.999, 0.999, 0.1, 0.95, 0.99, 0.9999)),
     )
 
 

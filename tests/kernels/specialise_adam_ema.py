@@ -37,7 +37,8 @@ def specialisations() -> Iterator[Specialisation]:
         numbers, figures = empty(len(STEP_NUMBER), dtype=torch.int64), empty(len(STEP_FIGURE))
         for copied in (None, empty(P, dtype=torch.bfloat16)):
             given = (*state, empty(P), empty(), numbers, figures, copied)
-            options = {"learning_rate": 2e-4, "warmup_steps": 5000, "clip_norm": 1.0, "ema_decay": 0.9999}
+            rates = {"learning_rate": 2e-4, "warmup_steps": 5000, "steps": 800_000, "cooldown_steps": 0}
+            options = {**rates, "beta2": 0.999, "clip_norm": 1.0, "ema_decay": 0.9999}
             for launch in record(adam_ema, *given, **options):
                 name = f"{'float32' if copied is None else 'bfloat16'} P={P}"
                 yield specialise(launch, name, *expected(launch))

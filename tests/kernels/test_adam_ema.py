@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 from ddpm_fast.kernels import adam_ema as module
 from ddpm_fast.kernels.adam_ema import BLOCK, PARTIALS, SQUARES, adam_ema
 
-OPTIONS: dict[str, Any] = {"learning_rate": 0.5, "warmup_steps": 3, "clip_norm": 1.5, "ema_decay": 0.9}
+OPTIONS: dict[str, Any] = {"learning_rate": 0.5, "warmup_steps": 3, "steps": 10**7, "cooldown_steps": 0}
+OPTIONS |= {"beta2": 0.999, "clip_norm": 1.5, "ema_decay": 0.9}
 FORMS = {"kernel": adam_ema, "reference": reference.adam_ema}
 
 
@@ -51,6 +52,11 @@ def start(P: int, device: str, low_precision: torch.dtype | None = None, step: i
     return State(normal(P, 3, device), *moments, normal(P, 4, device), low, numbers.to(device), figures.to(device))
 
 
+def rate_at(step: int, options: dict[str, Any]) -> float:
+    rise, left, falling = (step + 1) / max(options["warmup_steps"], 1), options["steps"] - step, options["cooldown_steps"]
+    return options["learning_rate"] * min(1, rise) * (min(1, left / falling) if falling else 1)
+
+
 def formula(state: State, gradient: Tensor, options: dict[str, Any]) -> list[Tensor]:
     """Return weights, moments and average after a step, by Kingma and Ba's Algorithm 1 in float64."""
     w, m, v, ema = (value.double() for value in state[:4])
@@ -58,9 +64,9 @@ def formula(state: State, gradient: Tensor, options: dict[str, Any]) -> list[Ten
     norm = float(g.square().sum()) ** 0.5
     if options["clip_norm"]:
         g = g * min(1, options["clip_norm"] / norm)
-    m, v = 0.9 * m + (1 - 0.9) * g, 0.999 * v + (1 - 0.999) * g**2
-    lr = options["learning_rate"] * min(1, (step + 1) / max(options["warmup_steps"], 1))
-    w = w - lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.999**n)).sqrt() + 1e-8)
+    beta2 = options["beta2"]
+    m, v = 0.9 * m + (1 - 0.9) * g, beta2 * v + (1 - beta2) * g**2
+    w = w - rate_at(step, options) * (m / (1 - 0.9**n)) / ((v / (1 - beta2**n)).sqrt() + 1e-8)
     decay = min(options["ema_decay"], (1 + step) / (10 + step))
     return [w, m, v, decay * ema + (1 - decay) * w]
 
@@ -77,9 +83,9 @@ def derive(truth: list[Tensor], state: State, options: dict[str, Any]) -> list[T
     step = (w - state.weights.double()).abs()
     moments = [44 * u * (m.abs() + state.exp_avg.double().abs()), 90 * u * v]
     # Where m is a difference that cancels, the step's error is that of m by the size of its terms.
-    lr = options["learning_rate"]
+    lr, beta2 = options["learning_rate"], options["beta2"]
     n = int(state.numbers[STEP_NUMBER.updates]) + 1
-    slope = lr / (1 - 0.9**n) / ((v / (1 - 0.999**n)).sqrt() + 1e-8)
+    slope = lr / (1 - 0.9**n) / ((v / (1 - beta2**n)).sqrt() + 1e-8)
     weights = 128 * u * step + 2 * u * (w.abs() + step) + slope * moments[0]
     return [weights, *moments, weights + 4 * u * (ema.abs() + w.abs() + state.ema.double().abs())]
 
@@ -101,7 +107,7 @@ def check(P: int, device: str, form: str = "kernel", dtype: torch.dtype = torch.
         assert ((state.low_precision.double() - state.weights.double()).abs() <= ulp * state.weights.abs()).all()
     step, updates, _, loss_steps = before.numbers.tolist()
     assert state.numbers.tolist() == [step, updates + 1, -1, loss_steps + 1]
-    rate = options["learning_rate"] * min(1, (step + 1) / max(options["warmup_steps"], 1))
+    rate = rate_at(step, options)
     assert state.figures.tolist() == pytest.approx([rate, float(gradient.double().norm()), 7.25], rel=1e-6)
 
 
@@ -125,6 +131,15 @@ def test_clipping_warm_up_and_decay(change, step, form, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("beta2", [0.5, 0.95, 0.99, 0.9999])
+@pytest.mark.parametrize(("step", "cooldown_steps"), [(0, 1), (1, 2), (39, 20), (40, 20), (41, 20), (59, 20), (7, 60)])
+def test_cooldown_and_another_beta2(step, cooldown_steps, beta2, form, device):
+    """On the plateau, and at the first, a middle and the last step of cooldowns, one of which meets the warm-up."""
+    check(77, device, form, step=step, updates=step, steps=max(60, step), cooldown_steps=cooldown_steps, beta2=beta2)
+    check(77, device, form, step=step, updates=step, steps=step + 1, cooldown_steps=cooldown_steps, beta2=beta2)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_copy_in_low_precision_and_a_gradient_in_it(dtype, form, device):
     check(130, device, form, low_precision=dtype)
@@ -143,26 +158,27 @@ def test_the_norm_is_taken_over_all_programs(partials, device):
     state, scalars = start(1, device), torch.full((module.SCALARS,), torch.nan, device=device)
     tensors = {"partial_ptr": sums, "scalars_ptr": scalars, "loss_ptr": torch.zeros((), device=device)}
     tensors |= {"numbers_ptr": state.numbers, "figures_ptr": state.figures}
-    settings: dict[str, Any] = {"learning_rate": 0.1, "warmup_steps": 1, "clip_norm": 0.0, "least_follow": 0.1}
+    settings: dict[str, Any] = {"learning_rate": 0.1, "warmup_steps": 1, "steps": 1, "cooldown_steps": 0}
+    settings |= {"log_beta2": -0.001, "clip_norm": 0.0, "least_follow": 0.1}
     module.adam_scalars_kernel[(1,)](**tensors, partials=partials, **settings)
     expected = float(sums.double().sum()) ** 0.5
     assert float(state.figures[STEP_FIGURE.gradient_norm]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("clip_norm", [0.0, 8.0])
-def test_ten_steps_are_those_of_torchs_optimizer(clip_norm, form, device):
+@pytest.mark.parametrize(("clip_norm", "beta2"), [(0.0, 0.999), (8.0, 0.95)])
+def test_ten_steps_are_those_of_torchs_optimizer(clip_norm, beta2, form, device):
     """With gradients that change in size and sign, in float64 there."""
-    P, options = 100, OPTIONS | {"clip_norm": clip_norm}
+    P, options = 100, OPTIONS | {"clip_norm": clip_norm, "beta2": beta2, "steps": 10, "cooldown_steps": 4}
     state = start(P, device)
     weights = state.weights.double().requires_grad_()
-    optimizer, ema = torch.optim.Adam([weights]), state.ema.double()
+    optimizer, ema = torch.optim.Adam([weights], betas=(0.9, beta2)), state.ema.double()
     for step in range(10):
         gradient = normal(P, 10 + step, device) * (0.1 + step % 3)
         weights.grad = gradient.double()
         if clip_norm:
             torch.nn.utils.clip_grad_norm_([weights], clip_norm)
-        optimizer.param_groups[0]["lr"] = 0.5 * min(1, (step + 1) / 3)
+        optimizer.param_groups[0]["lr"] = 0.5 * min(1, (step + 1) / 3, (10 - step) / 4)
         optimizer.step()
         ema.lerp_(weights.detach(), 1 - min(0.9, (1 + step) / (10 + step)))
         state.numbers[STEP_NUMBER.step] = step

@@ -56,7 +56,15 @@ LAUNCHERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]]
     "adam_ema": (
         adam_ema,
         ("weights", "exp_avg", "exp_avg_sq", "ema", "gradient", "loss", "numbers", "figures", "low_precision"),
-        {"learning_rate": 0.5, "warmup_steps": 5, "clip_norm": 1.0, "ema_decay": 0.9},
+        {
+            "learning_rate": 0.5,
+            "warmup_steps": 5,
+            "steps": 9,
+            "cooldown_steps": 4,
+            "beta2": 0.99,
+            "clip_norm": 1.0,
+            "ema_decay": 0.9,
+        },
     ),
 }
 WRITTEN = {

@@ -82,7 +82,8 @@ class Call:
         weights, exp_avg, exp_avg_sq, ema, gradient = self.x.abs().flatten(1)[0].repeat(5, 1).unbind()
         numbers, figures = self.numbers.clone(), torch.zeros(3, device="cuda")
         state = (weights, exp_avg, exp_avg_sq, ema, gradient, self.table.sum(), numbers, figures)
-        FUSED.adam_ema(*state, None, learning_rate=0.1, warmup_steps=9, clip_norm=1.0, ema_decay=0.9)
+        rates = {"learning_rate": 0.1, "warmup_steps": 9, "steps": 90, "cooldown_steps": 9}
+        FUSED.adam_ema(*state, None, **rates, beta2=0.999, clip_norm=1.0, ema_decay=0.9)
         return weights
 
 

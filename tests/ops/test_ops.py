@@ -92,7 +92,8 @@ def test_registration_of_adam_ema(low_precision: torch.dtype | None) -> None:
     state = [torch.rand(70, device=DEVICE) for _ in range(5)]  # weights, moments, average, gradient
     numbers, figures = torch.tensor([3, 2, -1, 1], device=DEVICE), torch.zeros(3, device=DEVICE)
     copied = None if low_precision is None else torch.zeros(70, dtype=low_precision, device=DEVICE)
-    options = {"learning_rate": 0.1, "warmup_steps": 5, "clip_norm": 1.0, "ema_decay": 0.99}
+    rates = {"learning_rate": 0.1, "warmup_steps": 5, "steps": 9, "cooldown_steps": 2}
+    options = {**rates, "beta2": 0.99, "clip_norm": 1.0, "ema_decay": 0.99}
     arguments = (*state, torch.ones((), device=DEVICE), numbers, figures, copied)
     opcheck(fused.ADAM_EMA, arguments, options, test_utils=ALL)
 

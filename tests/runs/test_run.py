@@ -261,7 +261,8 @@ def test_a_step_is_adam_with_clipping_warm_up_and_ema():
         parameter.grad = gradient.double()
     torch.nn.utils.clip_grad_norm_(truth, 0.01)
     training = trainer.config.training
-    rate = float(learning_rate_at(torch.tensor(0), training.learning_rate, training.warmup_steps))
+    settings = training.learning_rate, training.warmup_steps, training.steps, training.cooldown_steps
+    rate = float(learning_rate_at(torch.tensor(0), *settings))
     torch.optim.Adam(truth, lr=rate).step()
     trainer.train_step_no_sync()
     decay = float(ema_decay_at(torch.tensor(0), training.ema_decay))
@@ -272,7 +273,7 @@ def test_a_step_is_adam_with_clipping_warm_up_and_ema():
 
 
 def test_warm_ups():
-    assert learning_rate_at(torch.tensor([0, 1, 3, 4, 100]), 1.0, 4).tolist() == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert learning_rate_at(torch.tensor([0, 1, 3, 4, 100]), 1.0, 4, 9, 0).tolist() == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert ema_decay_at(torch.tensor([0, 8, 10**6]), 0.99).tolist() == [0.1, 0.5, 0.99]
 
 
