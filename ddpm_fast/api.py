@@ -22,7 +22,7 @@ from ddpm_fast.files import require_writable
 from ddpm_fast.options import LoadOptions, StartOptions
 from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.presets import with_flags
-from ddpm_fast.runs import decisions, evaluation, origin
+from ddpm_fast.runs import checkpoint, decisions, evaluation, origin
 from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.decisions import settle
@@ -85,7 +85,8 @@ def train(
     Args:
         preset: what gives the defaults of all flags: a name of `PRESETS`, "digits" if left out.
         out: the run's directory, which must not exist or be empty; by default runs/PRESET-N with the next free N.
-        resume: continue from the newest whole checkpoint of `out`; flags left out come from its config.json.
+        resume: continue from the newest whole checkpoint of `out`, with more steps from before its cooldown; flags left
+            out come from its config.json.
         against: a run to judge this one by: flags left out come from its config.json.
         until_decided: stop once the evaluation loss is certain to be lower or higher than that run's.
         progress: show bars.
@@ -154,7 +155,12 @@ def train_config(
         print(f"{directory} is finished: all {step} steps are done; raise --steps to go on")
         return _judged(directory, judge)
     if resume:
-        print(f"{directory}: " + (f"continuing at step {step}" if found else "no checkpoint, starting at step 0"))
+        newest = checkpoint.newest(directory)
+        if newest and newest.step > step:  # which find_start passed over
+            why = f"before the learning rate fell towards step {newest.config.training.steps}"
+            print(f"{directory}: continuing at step {step}, {why}")
+        else:
+            print(f"{directory}: " + (f"continuing at step {step}" if found else "no checkpoint, starting at step 0"))
     with enough_memory(device, training.batch_size // training.accumulate):
         if report(check_run(config, dataset, device), strict=config.checks.strict):
             raise MathematicsError("the mathematics is wrong: nothing was trained")

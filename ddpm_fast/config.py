@@ -165,7 +165,7 @@ class TrainingConfig:
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 5000
-    """Steps between two checkpoints; one more is written at the end."""
+    """Steps between two checkpoints; one more is written before the cooldown, and one at the end."""
     sample_every: int = 5000
     """Steps between two sample grids; cheap ones are drawn early, and one at the end. 0 draws none at all."""
 

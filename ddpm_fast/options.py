@@ -17,7 +17,8 @@ class StartOptions:
     out: str = ""
     """Run directory, which must not exist or be empty; default runs/PRESET-N with the next free N."""
     resume: bool = False
-    """Continue from the newest whole checkpoint of --out; flags left out come from its config.json."""
+    """Continue from the newest whole checkpoint of --out, with more --steps from before its cooldown; flags left out
+    come from its config.json."""
     against: str = ""
     """A run to judge this one by, evaluation by evaluation; flags left out come from its config.json."""
     until_decided: bool = False

@@ -62,15 +62,20 @@ def reference(path: str, config: Config, dataset: Dataset) -> RecordedRun:
 
 def acts_late(base: Config, other: Config) -> tuple[int, str]:
     """Return the step up to which flags that act late keep a verdict from being given, and why; 0 where none does."""
-    changed = changed_flags(base, other)
+    changed, late = changed_flags(base, other), [(0, "")]
     if "ema_decay" in changed:
         lower, upper = sorted(changed["ema_decay"])
         split = max(0, round((10 * lower - 1) / (1 - lower)))
         end = split + round(HORIZONS / (1 - upper))
-        return end, f"--ema-decay acts late: both averages are alike to step {split:,}, and forget that by step {end:,}"
-    if set(changed) == {"steps"}:
-        return max(changed["steps"]), "--steps changes nothing while both runs go on"
-    return 0, ""
+        why = f"--ema-decay acts late: both averages are alike to step {split:,}, and forget that by step {end:,}"
+        late.append((end, why))
+    one, two = base.training, other.training
+    if "cooldown" in changed or ("steps" in changed and one.cooldown):
+        split, end = min(one.cooldown_start, two.cooldown_start), max(one.steps, two.steps)
+        late.append((end, f"a cooldown acts late: from step {split:,} on one rate falls, and it is for step {end:,}"))
+    elif set(changed) == {"steps"}:
+        late.append((max(changed["steps"]), "--steps changes nothing while both runs go on"))
+    return max(late)
 
 
 @dataclass

@@ -10,7 +10,7 @@ ema.safetensors and state.json are all that sampling needs, wherever they are co
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,11 @@ class Checkpoint:
             raise InputError(_unreadable(file, error)) from None
 
 
+def path_of(run: Path, step: int) -> Path:
+    """Return where a run keeps the checkpoint of a step."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
 def to_json(value: Any) -> bytes:
     """Serialise to indented JSON with a final newline."""
     return (json.dumps(value, indent=2) + "\n").encode()
@@ -69,8 +74,7 @@ def save(run: Path, step: int, config: Config, fingerprint: str, parts: Mapping[
     Raises:
         InputError: it cannot be written; nothing is left behind, and older checkpoints stay.
     """
-    directory = run / "checkpoints"
-    path = directory / f"step-{step:07d}"
+    directory, path = run / "checkpoints", path_of(run, step)
     for left_over in directory.glob(".step-*"):  # by a run that was killed while it saved
         shutil.rmtree(left_over, ignore_errors=True)
     state = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "config": to_dict(config)}
@@ -124,16 +128,20 @@ def _check_complete(file: Path) -> None:
         raise InputError(_unreadable(file, error)) from None
 
 
-def newest(run: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint | None:
-    """Return the newest checkpoint of a run whose parts are whole, or None: `latest` first, then by step."""
+def newest_first(run: Path, parts: Sequence[str] = TENSOR_FILES) -> Iterator[Checkpoint]:
+    """Yield the checkpoints of a run whose parts are whole: `latest` first, then by step."""
     directory = run / "checkpoints"
     names = sorted((entry.name for entry in directory.glob("step-*")), reverse=True)
     with contextlib.suppress(OSError, UnicodeDecodeError):
         names.insert(0, (directory / "latest").read_text().strip())
     for name in names:
         with contextlib.suppress(InputError):
-            return read(directory / name, parts)
-    return None
+            yield read(directory / name, parts)
+
+
+def newest(run: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint | None:
+    """Return the newest checkpoint of a run whose parts are whole, or None."""
+    return next(newest_first(run, parts), None)
 
 
 def resolve(path: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint:

@@ -24,7 +24,7 @@ from ddpm_fast import __version__
 from ddpm_fast.config import Config, changed_flags, from_dict, to_dict, with_training
 from ddpm_fast.errors import InputError, flag
 from ddpm_fast.files import replace_file, writing
-from ddpm_fast.runs import checkpoint, evaluation
+from ddpm_fast.runs import checkpoint, evaluation, grids
 
 
 def read_config(run: Path) -> tuple[Config, str] | None:
@@ -68,14 +68,36 @@ def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
         )
 
 
+def _before_cooldown(run: Path, config: Config) -> checkpoint.Checkpoint | None:
+    """Return the newest checkpoint of a rate that had not begun to fall, or fell towards the same last step; or None.
+
+    Raises:
+        InputError: there are only others.
+    """
+    others = list[checkpoint.Checkpoint]()
+    for found in checkpoint.newest_first(run):
+        before = found.config.training
+        if found.step <= before.cooldown_start or before.steps == config.training.steps:
+            return found
+        others.append(found)
+    if others and (start := others[0].config.training.cooldown_start) > 0:
+        raise InputError(
+            f"{checkpoint.path_of(run, start)} is missing or damaged: --steps {config.training.steps} continues from "
+            f"where the learning rate had not begun to fall; put it back, ask for --steps "
+            f"{others[0].config.training.steps}, or train anew in another --out"
+        )
+    return None
+
+
 def find_start(run: Path, config: Config, fingerprint: str, resume: bool) -> checkpoint.Checkpoint | None:
     """Decide, without writing anything, where a run starts.
 
     Returns:
-        The checkpoint to continue from, or None to start at step 0.
+        The checkpoint to continue from, or None to start at step 0: the newest that has seen the learning rates which
+        the configuration asks for. With more --steps than before that is one from before the old cooldown.
 
     Raises:
-        InputError: the directory holds anything and is not resumed, or belongs to another run.
+        InputError: the directory holds anything and is not resumed, belongs to another run, or lacks such a checkpoint.
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"--out {run} is a file: name a directory that does not exist yet")
@@ -84,8 +106,8 @@ def find_start(run: Path, config: Config, fingerprint: str, resume: bool) -> che
             raise InputError(f"--out {run} exists and is not empty: add --resume to continue it, or name another")
         return None
     check_resumable(run, config, fingerprint)
-    found = checkpoint.newest(run)
-    if found is None and any((run / "checkpoints").glob("step-*")):
+    found = _before_cooldown(run, config)
+    if found is None and checkpoint.newest(run) is None and any((run / "checkpoints").glob("step-*")):
         found = checkpoint.resolve(run)  # says what is wrong with it
     if found is not None and found.fingerprint != fingerprint:
         raise InputError(f"{found.path} was trained on other data than {config.data.data}: use another --out")
@@ -93,7 +115,7 @@ def find_start(run: Path, config: Config, fingerprint: str, resume: bool) -> che
 
 
 def prepare(run: Path, config: Config, fingerprint: str, step: int, decided: Mapping[str, Any] | None = None) -> None:
-    """Make the run directory, and cut its metrics and evaluations back to the step that the run starts from.
+    """Make the run directory, and cut metrics, evaluations and grids back to the step that the run starts from.
 
     Args:
         run: the directory.
@@ -114,6 +136,7 @@ def prepare(run: Path, config: Config, fingerprint: str, step: int, decided: Map
         replace_file(run / "config.json", checkpoint.to_json(values))
         _cut_metrics(run / "metrics.jsonl", step)
         evaluation.cut_back(run, step)
+        grids.cut_back(run, step)
 
 
 def _metrics_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

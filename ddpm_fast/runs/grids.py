@@ -106,6 +106,13 @@ def save_normalized_and_raw(samples: Tensor, directory: Path, stem: str) -> tupl
     return normalized, raw
 
 
+def cut_back(run: Path, step: int) -> None:
+    """Remove a run's grids of later steps than the one from which it starts again."""
+    for picture in (run / "samples").glob("step-*_*.png"):
+        if int(picture.name.removeprefix("step-").split("_")[0]) > step:
+            picture.unlink()
+
+
 def save_animation(path: Path, frames: list[Pixels], milliseconds: int = 60) -> None:
     """Write a GIF of grids, one frame each [N, H, W, C]; the last stays for two seconds."""
     pictures = [grid(frame).convert("RGB") for frame in frames]

@@ -125,7 +125,7 @@ class Run:
         elif step > 0 and self._evaluation_is_due() and "evaluation" not in read_metrics(self.directory)[-1]:
             evaluated = evaluation.read(self.directory, step) or self._evaluate()
             amend_last_metrics(self.directory, {"evaluation": evaluation.summary(evaluated)})
-        if step > self._saved and (self.finished or step % training.save_every == 0):
+        if step > self._saved and (self.finished or step == training.cooldown_start or step % training.save_every == 0):
             self.save()
         self._draw_if_due()
 

@@ -36,8 +36,11 @@ def rate_that_decays(monkeypatch):
 
 
 def change_rate(monkeypatch: pytest.MonkeyPatch, change: Callable[..., tuple[int, int]]) -> None:
+    def changed(step, learning_rate, warmup_steps, *rest):
+        return rate(step, learning_rate, warmup_steps, *change(*rest))
+
     rate = reference.learning_rate_at
-    monkeypatch.setattr(reference, "learning_rate_at", lambda *given: rate(*given[:3], *change(*given[3:])))
+    monkeypatch.setattr(reference, "learning_rate_at", changed)
 
 
 def no_cooldown(monkeypatch):

@@ -53,7 +53,11 @@ def start(P: int, device: str, low_precision: torch.dtype | None = None, step: i
 
 
 def rate_at(step: int, options: dict[str, Any]) -> float:
-    rise, left, falling = (step + 1) / max(options["warmup_steps"], 1), options["steps"] - step, options["cooldown_steps"]
+    rise, left, falling = (
+        (step + 1) / max(options["warmup_steps"], 1),
+        options["steps"] - step,
+        options["cooldown_steps"],
+    )
     return options["learning_rate"] * min(1, rise) * (min(1, left / falling) if falling else 1)
 
 

@@ -78,6 +78,21 @@ def test_flags_that_act_late_are_too_early_until_they_have_acted(tmp_path):
     assert acts_late(DIGITS, DIGITS) == (0, "")
 
 
+def test_a_cooldown_counts_at_its_end(tmp_path):
+    cooling = with_training(DIGITS, cooldown=0.25)
+    assert judged(tmp_path / "a", {500: 0, 1000: -0.1}, cooling).verdict == "too early"
+    found = judged(tmp_path / "b", {1000: -0.1, 1200: -0.1}, cooling)
+    assert found.verdict == "lower"
+    assert acts_late(DIGITS, cooling) == (
+        1200,
+        "a cooldown acts late: from step 900 on one rate falls, and it is for step 1,200",
+    )
+    assert acts_late(with_training(DIGITS, cooldown=0.5), cooling)[1].startswith("a cooldown acts late: from step 600")
+    assert acts_late(cooling, with_training(cooling, steps=2400, learning_rate=1.0))[0] == 2400
+    assert acts_late(cooling, with_training(cooling, learning_rate=1.0)) == (0, "")
+    assert acts_late(DIGITS, with_training(cooling, ema_decay=0.999))[0] > 1200
+
+
 def test_other_seeds_and_schedules_that_hardly_meet_get_no_verdict(tmp_path):
     seeds = judged(tmp_path / "a", {100: 0.1, 200: 0.1}, with_training(DIGITS, seed=1))
     assert seeds.verdict == "none"
