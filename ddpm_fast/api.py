@@ -22,7 +22,7 @@ from ddpm_fast.files import require_writable
 from ddpm_fast.options import LoadOptions, StartOptions
 from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.presets import with_flags
-from ddpm_fast.runs import checkpoint, decisions, evaluation, origin
+from ddpm_fast.runs import checkpoint, decisions, evaluation, origin, scores
 from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.decisions import settle
@@ -151,7 +151,8 @@ def train_config(
         judge = Judge(reference(start.against, config, dataset), config, ends)
     found = find_start(directory, config, dataset.fingerprint, resume)
     step = found.step if found else 0
-    if step >= training.steps and evaluation.read(directory, step) is not None:
+    unscored = scores.is_due(step, training, last=True) and scores.is_missing(directory, step)
+    if step >= training.steps and evaluation.read(directory, step) is not None and not unscored:
         print(f"{directory} is finished: all {step} steps are done; raise --steps to go on")
         return _judged(directory, judge)
     if resume:

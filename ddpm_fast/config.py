@@ -111,7 +111,7 @@ class DataConfig:
     """Where images come from and how they are read."""
 
     data: str = ""
-    """"digits" (built in), a folder of images, or a .npy/.npz file of shape (N, H, W[, C])."""
+    """"digits" (built in), a folder of images, or a .npy/.npz of shape (N, H, W[, C]); an .npz may have "labels"."""
     float_range: Literal["none", "0..1", "-1..1"] = "none"
     """What floats in a .npy/.npz mean: the range that is mapped to black..white; uint8 needs none."""
     skip_bad: bool = False
@@ -168,18 +168,26 @@ class TrainingConfig:
     """Steps between two checkpoints; one more is written before the cooldown, and one at the end."""
     sample_every: int = 5000
     """Steps between two sample grids; cheap ones are drawn early, and one at the end. 0 draws none at all."""
+    evaluate_every: int = 0
+    """Steps between two measurements of the samples' quality, and one at the end; 0 measures none."""
+    evaluate_count: int = 1000
+    """Samples that --evaluate-every makes and measures each time."""
 
     def __post_init__(self) -> None:
         require_types(self)
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
             value = getattr(self, name)
             require(value >= 1, f"{flag(name)} is {value}: it must be at least 1")
-        for name in ("warmup_steps", "clip_norm", "min_snr_gamma", "sample_every"):
+        for name in ("warmup_steps", "clip_norm", "min_snr_gamma", "sample_every", "evaluate_every"):
             value = getattr(self, name)
             require(value >= 0, f"{flag(name)} is {value}: it must not be negative")
         require(
             self.batch_size % self.accumulate == 0,
             f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} equal parts",
+        )
+        require(
+            self.evaluate_count >= 2,
+            f"--evaluate-count is {self.evaluate_count}: quality is measured over at least 2 samples",
         )
         require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}: it must be positive")
         require(0 <= self.cooldown <= 1, f"--cooldown is {self.cooldown}: it must lie in [0, 1]")

@@ -95,7 +95,7 @@ def _digits(shape: tuple[int, int, int]) -> tuple[int, Source]:
 
 def _array(path: Path, shape: tuple[int, int, int], float_range: str) -> tuple[int, Source]:
     loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-    array = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
+    array = loaded if isinstance(loaded, np.ndarray) else loaded[next(n for n in loaded.files if n != "labels")]
 
     def pixels(row: int) -> NDArray[np.uint8] | None:
         image = np.asarray(array[row])

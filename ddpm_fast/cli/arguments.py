@@ -37,6 +37,22 @@ class SampleArguments(LoadOptions, SamplingOptions):
         SamplingOptions.__post_init__(self)  # which looks at all fields' types
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments(LoadOptions, SamplingOptions):
+    """Measure the quality of a trained run's samples against the images that it was trained on."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
+    """Run directory, or one of its checkpoints/step-*, wherever it was copied to."""
+    count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1000
+    """How many samples; figures of different counts are not to be compared."""
+    data: str = ""
+    """Where the images are that it was trained on; by default where they were then."""
+
+    def __post_init__(self) -> None:
+        SamplingOptions.__post_init__(self)
+        require(self.count >= 2, f"--count is {self.count}: quality is measured over at least 2 samples")
+
+
 @dataclass(frozen=True)
 class CheckedTraining(TrainingConfig):
     """Training's part of a configuration that is only checked: what no check looks at is not in the help."""
@@ -45,6 +61,8 @@ class CheckedTraining(TrainingConfig):
     log_every: tyro.conf.Suppress[int] = TrainingConfig.log_every
     save_every: tyro.conf.Suppress[int] = TrainingConfig.save_every
     sample_every: tyro.conf.Suppress[int] = TrainingConfig.sample_every
+    evaluate_every: tyro.conf.Suppress[int] = TrainingConfig.evaluate_every
+    evaluate_count: tyro.conf.Suppress[int] = TrainingConfig.evaluate_count
 
 
 OF_A_RUN = ("--device", "--kernels", "--no-kernels", "--accept", "--strict", "--no-strict")

@@ -75,17 +75,12 @@ def sample(arguments: SampleArguments) -> int:
 
 
 def _say_if_code_changed(path: Path) -> None:
-    run = _run_of(path)
+    run = checkpoint.run_of(path)
     changed = origin.changed_since(run)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         names = ", ".join(f"ddpm_fast/{name}" for name in changed[:3])
         print(f"{run} was made by other code ({names}{more} changed since): images may differ", file=sys.stderr)
-
-
-def _run_of(path: Path) -> Path:
-    """Return the run that a checkpoint lies in, or itself where it was copied elsewhere."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def _write(directory: Path, first: int, samples: Tensor, frames: list[Tensor], facts: dict[str, Any]) -> None:
@@ -99,7 +94,7 @@ def _write(directory: Path, first: int, samples: Tensor, frames: list[Tensor], f
 
 
 def _default_out(path: Path, name: str) -> Path:
-    return _run_of(path) / "samples" / name
+    return checkpoint.run_of(path) / "samples" / name
 
 
 def _facts(arguments: SampleArguments, model: Model, steps: int, seconds: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, RecordedRun, open_run, table, what_differs
 from ddpm_fast.runs.grids import grid, to_uint8
 from ddpm_fast.runs.page import write_comparison
+from ddpm_fast.runs.scores import side_by_side
 from ddpm_fast.runs.trained_model import Model
 
 SAMPLER = SamplingOptions("dpm++", 20)
@@ -31,7 +32,7 @@ def compare(arguments: CompareArguments) -> int:
         print(f"\n{_shown(other)}\n  what differs")
         print("\n".join(f"    {line}" for line in what_differs(base, other)))
         print("  evaluation loss of the averaged weights, less the base's, at the same addresses")
-        print("\n".join(f"  {line}" for line in table(base, other)))
+        print("\n".join(f"  {line}" for line in [*table(base, other), *side_by_side(base, other)]))
     print(f"\n{LOSS_IS_NOT_QUALITY}" + ("" if page else ": --out page.html shows the same images of each run") + ".")
     if page is not None:
         write_page(page, base, others, arguments.images)

@@ -11,12 +11,19 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import tyro
 
 from ddpm_fast import __version__
-from ddpm_fast.cli.arguments import CheckArguments, CompareArguments, SampleArguments, SweepArguments, TrainArguments
+from ddpm_fast.cli.arguments import (
+    CheckArguments,
+    CompareArguments,
+    EvaluateArguments,
+    SampleArguments,
+    SweepArguments,
+    TrainArguments,
+)
 from ddpm_fast.cli.parsing import own_flags, parse, value_of
 from ddpm_fast.cli.waiting import wait_politely
 from ddpm_fast.errors import InputError, MathematicsError, nearest
@@ -29,11 +36,12 @@ USAGE = """usage: ddpm-fast COMMAND [flags]
 Train and sample denoising diffusion models (DDPM, Ho et al. 2020).
 
 commands:
-  train    train a U-Net; with no flags: on built-in handwritten digits, in minutes on a CPU
-  sample   make images from a run or a checkpoint
-  check    is the mathematics right, here, now
-  compare  what differs between two runs, and what the difference did
-  sweep    try flags' values one after the other, judged against one run
+  train     train a U-Net; with no flags: on built-in handwritten digits, in minutes on a CPU
+  sample    make images from a run or a checkpoint
+  evaluate  how good its samples are, beside the real images
+  check     is the mathematics right, here, now
+  compare   what differs between two runs, and what the difference did
+  sweep     try flags' values one after the other, judged against one run
 
 `ddpm-fast COMMAND --help` explains every flag with its unit and default.
 `ddpm-fast --version` says which version this is; `ddpm-fast --completion SHELL` prints what completes commands and
@@ -77,6 +85,27 @@ def parse_check(arguments: Sequence[str]) -> CheckArguments:
     return parsed
 
 
+class Command(NamedTuple):
+    """What a command understands, and what it does with it."""
+
+    arguments: type
+    """A dataclass of its flags."""
+    run: Callable[[list[str]], int]
+    """Parses and obeys; imports torch only then, so that errors and --help come first."""
+
+
+def commands() -> dict[str, Command]:
+    """Return all commands, by their names."""
+    return {
+        "train": Command(TrainArguments, _train),
+        "sample": Command(SampleArguments, _sample),
+        "evaluate": Command(EvaluateArguments, _evaluate),
+        "check": Command(CheckArguments, _check),
+        "compare": Command(CompareArguments, _compare),
+        "sweep": Command(SweepArguments, _sweep),
+    }
+
+
 def completion(shell: str) -> str:
     """Return the script that completes commands, flags and choices in a shell.
 
@@ -85,17 +114,11 @@ def completion(shell: str) -> str:
     """
     if shell not in SHELLS:
         raise InputError(f"--completion needs the name of a shell: {', '.join(SHELLS)}.{nearest(shell, SHELLS)}")
-    commands = {
-        "train": TrainArguments,
-        "sample": SampleArguments,
-        "check": CheckArguments,
-        "compare": CompareArguments,
-        "sweep": SweepArguments,
-    }
+    arguments = {name: command.arguments for name, command in commands().items()}
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(
-            commands,
+            arguments,
             prog="ddpm-fast",
             args=["--tyro-write-completion", shell, "-"],
             config=(tyro.conf.OmitArgPrefixes,),
@@ -126,14 +149,6 @@ def run(arguments: list[str]) -> int:
     Raises:
         SystemExit: a command's --help was asked for.
     """
-    # The commands import torch; they live behind the parser so that errors and --help come first.
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
-        "sample": _sample,
-        "check": _check,
-        "compare": _compare,
-        "sweep": _sweep,
-    }
     first, *rest = arguments or ["--help"]
     try:
         if first in ("-h", "--help", "help"):
@@ -145,12 +160,13 @@ def run(arguments: list[str]) -> int:
         if first == "--completion":
             print(completion(rest[0] if rest else ""))
             return 0
-        if first not in commands:
-            suggestion = nearest(first, commands)
-            raise InputError(f"unknown command {first!r}: the commands are {', '.join(commands)}.{suggestion}")
+        known = commands()
+        if first not in known:
+            suggestion = nearest(first, known)
+            raise InputError(f"unknown command {first!r}: the commands are {', '.join(known)}.{suggestion}")
         wait_politely()
         with Signals():
-            return commands[first](rest)
+            return known[first].run(rest)
     except InputError as error:
         return _say(error, 2)
     except MathematicsError as error:
@@ -176,6 +192,13 @@ def _sample(arguments: list[str]) -> int:
     from ddpm_fast.cli.commands import sample
 
     return sample(parsed)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parsed = parse(EvaluateArguments, arguments, command="evaluate")
+    from ddpm_fast.cli.evaluating import evaluate
+
+    return evaluate(parsed)
 
 
 def _check(arguments: list[str]) -> int:

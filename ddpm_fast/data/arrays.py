@@ -1,6 +1,8 @@
 """A .npy or .npz file to pixels: shapes, dtypes and ranges, and never a pickle."""
 
+import contextlib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,16 +11,39 @@ from numpy.typing import NDArray
 
 from ddpm_fast.errors import InputError
 
+LABELS = "labels"
+"""The name of an array in an .npz that says which class each image is of."""
 
-def _load(path: Path) -> NDArray[Any]:
-    try:
+
+def _load_images(path: Path) -> NDArray[Any]:
+    with _readable(path):
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         with np.load(path, allow_pickle=False) as archive:
-            if len(archive.files) != 1:
+            names = [name for name in archive.files if name != LABELS]
+            if len(names) != 1:
                 found = ", ".join(archive.files) or "none"
-                raise InputError(f"--data {path} must hold one array, not {len(archive.files)} ({found})")
-            return archive[archive.files[0]]
+                raise InputError(
+                    f"--data {path} must hold one array, or one beside {LABELS!r}, not {len(archive.files)} ({found})"
+                )
+            return archive[names[0]]
+
+
+def read_labels_array(path: Path) -> NDArray[Any] | None:
+    """Return the array "labels" of an .npz; None where there is none.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    with _readable(path), np.load(path, allow_pickle=False) as archive:
+        return archive[LABELS] if LABELS in archive.files else None
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what NumPy raises of a file that is no array, or a pickle, into one line."""
+    try:
+        yield
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -37,7 +62,7 @@ def read_array(path: Path, float_range: Literal["none", "0..1", "-1..1"]) -> NDA
     Raises:
         InputError: the file, its shape, dtype or range cannot be used.
     """
-    array = _load(path)
+    array = _load_images(path)
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4 or 0 in array.shape or array.shape[-1] > 4:

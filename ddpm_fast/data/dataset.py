@@ -7,7 +7,6 @@ Shapes: M images in the store, N in a batch, C channels, H x W pixels.
 """
 
 import contextlib
-import gzip
 import hashlib
 import json
 import os
@@ -16,7 +15,6 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +25,7 @@ from PIL import Image
 from ddpm_fast.config import DataConfig, UNetConfig
 from ddpm_fast.data import contents
 from ddpm_fast.data.arrays import read_array
+from ddpm_fast.data.digits import read_digits
 from ddpm_fast.data.image_files import Unusable, decode, fit, is_picture
 from ddpm_fast.errors import InputError, nearest
 from ddpm_fast.files import cache_directory, whole
@@ -71,7 +70,7 @@ def open_dataset(data: DataConfig, unet: UNetConfig, progress: bool = False) -> 
     if not data.data:
         raise InputError("this preset has no data of its own: name --data, a folder of images or a .npy/.npz file")
     if data.data == "digits":
-        return _in_memory(_digits(), shape, data.data)
+        return _in_memory(read_digits()[0], shape, data.data)
     path = Path(data.data)
     try:
         path.stat()
@@ -92,17 +91,6 @@ def _missing(path: Path, error: OSError | ValueError) -> InputError:
         siblings += [entry.name for entry in path.parent.iterdir()]
     meant = nearest(path.name, siblings)
     return InputError(f"--data {path} does not exist: name a folder of images or a .npy/.npz file.{meant}")
-
-
-def _digits() -> NDArray[np.uint8]:
-    """Return scikit-learn's 1,797 handwritten digits, their 17 grey levels spread over 0..255: [M, 8, 8, 1]."""
-    package = find_spec("sklearn")
-    assert package is not None
-    assert package.origin is not None
-    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    with gzip.open(file) as lines:  # as its `load_digits` does, without the seconds that importing scikit-learn takes
-        pixels = np.loadtxt(lines, delimiter=",", dtype=np.uint8)[:, :-1]
-    return np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)[..., None]
 
 
 def _digest(*parts: bytes | NDArray[np.uint8]) -> str:

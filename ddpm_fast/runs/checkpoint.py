@@ -144,6 +144,11 @@ def newest(run: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint | None:
     return next(newest_first(run, parts), None)
 
 
+def run_of(path: Path) -> Path:
+    """Return the run that a checkpoint lies in, or itself where it was copied elsewhere."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
 def resolve(path: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint:
     """Find the checkpoint that RUN_OR_CHECKPOINT means, of which only some parts are needed.
 

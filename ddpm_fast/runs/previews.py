@@ -97,17 +97,25 @@ class Previews:
             MathematicsError: a sampled value is not finite.
             InputError: it cannot be written.
         """
+        samples = self.samples(count)
+        with writing(self.directory):
+            self.directory.mkdir(exist_ok=True)
+        save_normalized_and_raw(samples, self.directory, self._stem)
+        return samples
+
+    def samples(self, count: int) -> Tensor:
+        """Make images 0 to count - 1 of the run's seed from the averaged weights: [N, C, H, W].
+
+        Raises:
+            MathematicsError: a sampled value is not finite.
+        """
         with self.trainer.ema_weights() as averaged:
             if self.loop is None:  # eager: compiling would take longer than all grids
                 table = sampler_table(self.config.diffusion, replace(SAMPLER, steps=self.steps))
                 self.loop = SamplingLoop(averaged, table, self.trainer.dtype)
             else:
                 self.loop.load_weights(averaged)
-        samples = sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.bar)
-        with writing(self.directory):
-            self.directory.mkdir(exist_ok=True)
-        save_normalized_and_raw(samples, self.directory, self._stem)
-        return samples
+        return sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.bar)
 
     @property
     def _stem(self) -> str:

@@ -17,7 +17,7 @@ from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import writing
 from ddpm_fast.progress import say
-from ddpm_fast.runs import checkpoint, evaluation
+from ddpm_fast.runs import checkpoint, evaluation, scores
 from ddpm_fast.runs.against import EITHER_WAY, Judge
 from ddpm_fast.runs.decisions import Decisions, decide
 from ddpm_fast.runs.directory import amend_last_metrics, prepare, read_metrics
@@ -67,6 +67,7 @@ class Run:
         self.evaluation_set = evaluation.EvaluationSet(config, dataset, device)
         self.trainer = Trainer(with_training(config, precision=decided.precision), source.batch, device, execution)
         self.previews = Previews(config, directory, self.trainer, progress)
+        self.scores = scores.Scores(config, dataset, progress)
         if found is not None:
             try:
                 self.trainer.load_state(found.step, {part: found.tensors(part) for part in checkpoint.TENSOR_FILES})
@@ -118,7 +119,7 @@ class Run:
         training, step = self.config.training, self.trainer.step
         if step > self._logged:
             evaluated = self._evaluate() if self._evaluation_is_due() else None
-            if evaluated or step % training.log_every == 0:
+            if evaluated or self._scores_are_due() or step % training.log_every == 0:
                 self._log(evaluated)
             elif self.progress.line_due():
                 self.progress.report(f"loss {self.trainer.mean_loss():.4f}")
@@ -127,17 +128,26 @@ class Run:
             amend_last_metrics(self.directory, {"evaluation": evaluation.summary(evaluated)})
         if step > self._saved and (self.finished or step == training.cooldown_start or step % training.save_every == 0):
             self.save()
+        if self._scores_are_missing():
+            self._score()
         self._draw_if_due()
+
+    def _scores_are_due(self) -> bool:
+        return scores.is_due(self.trainer.step, self.config.training, self.finished)
 
     def _evaluation_is_due(self) -> bool:
         step = self.trainer.step
         return step == self.config.training.steps or is_due(step, self.config)
 
+    def _scores_are_missing(self) -> bool:
+        return self._scores_are_due() and scores.is_missing(self.directory, self.trainer.step)
+
     def _save_and_say_so(self, number: int) -> InterruptedRunError:
         """Save the steps that are finished; return what ends the run."""
         step = self.trainer.step
         try:
-            if step > self._logged and (self._evaluation_is_due() or step % self.config.training.log_every == 0):
+            logs = self._evaluation_is_due() or self._scores_are_due() or step % self.config.training.log_every == 0
+            if step > self._logged and logs:
                 self._log()  # an evaluation that was interrupted is made when the run goes on
             if step > self._saved:
                 self.save()
@@ -145,7 +155,8 @@ class Run:
         except InterruptedRunError:
             kept = checkpoint.newest(self.directory)
             done = f"interrupted while saving; the newest checkpoint is {kept.path if kept else 'none'}"
-        if step == self.config.training.steps and evaluation.read(self.directory, step) is not None:
+        measured = evaluation.read(self.directory, step) is not None and not self._scores_are_missing()
+        if step == self.config.training.steps and measured:
             return InterruptedRunError(number, f"{done}, the last; its grid was not drawn")
         against = f" --against {shlex.quote(str(self.judge.base.path))}" if self.judge else ""
         until = " --until-decided" if self.judge and self.judge.stops_at == EITHER_WAY else ""
@@ -173,6 +184,18 @@ class Run:
         if apart:
             say(f"step {self.trainer.step:,}: {apart}")
         return evaluated
+
+    def _score(self) -> None:
+        """Measure the quality of samples, add it to the step's line of metrics, and say it."""
+        count = self.config.training.evaluate_count
+        seconds = self.previews.seconds(count, self.progress.seconds_per_step)
+        with self.progress.doing(f"measuring {count} samples", seconds):
+            found = self.scores.of(self.previews.samples(count))
+        with self.signals.held():
+            amend_last_metrics(self.directory, {"quality": found})
+        for name, value in found.items():
+            self.board.add_scalar(f"quality/{name}", value, self.trainer.step)
+        say(f"step {self.trainer.step:,}: {scores.in_words(found, count)}")
 
     def _log(self, evaluated: evaluation.Evaluation | None = None) -> None:
         """Write one line of metrics, and say it."""

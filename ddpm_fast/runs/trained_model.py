@@ -69,12 +69,15 @@ class Model:
     """What the run computes."""
     step: int
     """Optimizer steps after which the weights were saved."""
+    fingerprint: str
+    """Of the images that the run trains on."""
 
     def __init__(self, run: Path, options: LoadOptions) -> None:
         """Load a run's newest checkpoint, or a checkpoint; see `ddpm_fast.load`."""
         part = "ema" if options.weights == "ema" else "model"
         found = checkpoint.resolve(run, (part,))
         self.path, self.config, self.step, self.options = found.path, found.config, found.step, options
+        self.fingerprint = found.fingerprint
         self.device = prepare_device(options.device, options.precision)
         unet = _unet_of(found, part).to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.unet = unet.requires_grad_(False).eval().use(choose_ops(options.kernels, self.device))

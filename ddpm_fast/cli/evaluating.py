@@ -1,0 +1,57 @@
+"""What `ddpm-fast evaluate` does once its flags are known: samples, their scores as a table, and a file of both."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from ddpm_fast.cli.arguments import EvaluateArguments
+from ddpm_fast.data.dataset import Dataset, open_dataset
+from ddpm_fast.engine.threads import choose_threads
+from ddpm_fast.errors import InputError
+from ddpm_fast.files import replace_file, require_writable
+from ddpm_fast.quality.evaluator import table
+from ddpm_fast.runs import checkpoint
+from ddpm_fast.runs.grids import to_uint8
+from ddpm_fast.runs.scores import evaluator_of
+from ddpm_fast.runs.trained_model import Model
+
+
+def evaluate(arguments: EvaluateArguments) -> int:
+    """Measure the quality of a checkpoint's samples; returns the exit status."""
+    progress = sys.stderr.isatty()
+    model = Model(Path(arguments.run), arguments)
+    if model.device.type == "cpu":
+        choose_threads()
+    steps = arguments.steps or model.config.diffusion.timesteps
+    file = checkpoint.run_of(model.path) / "quality" / f"step-{model.step:07d}-{arguments.sampler}-{steps}.json"
+    require_writable(file.parent)
+    evaluator = evaluator_of(model.config, _real_images(arguments, model, progress), progress)
+    scores = evaluator.score(to_uint8(model.draw(arguments, progress)))
+    print("\n".join(table(scores, arguments.count)))
+    if evaluator.missing:
+        print(evaluator.missing)
+    asked = {name: value for name, value in dataclasses.asdict(arguments).items() if name not in ("run", "data")}
+    facts = {"checkpoint": str(model.path), "step": model.step, **asked, "steps": steps, "scores": scores}
+    replace_file(file, checkpoint.to_json(facts))
+    print(f"kept in {file}")
+    return 0
+
+
+def _real_images(arguments: EvaluateArguments, model: Model, progress: bool) -> Dataset:
+    """Open the images that a model was trained on.
+
+    Raises:
+        InputError: they are not there, or others are.
+    """
+    config = model.config
+    data = dataclasses.replace(config.data, data=arguments.data or config.data.data)
+    try:
+        dataset = open_dataset(data, config.unet, progress)
+    except InputError as error:
+        moved = "" if arguments.data else f"; {arguments.run} was trained on it: where it was moved, name it by --data"
+        raise InputError(f"{error}{moved}") from None
+    if dataset.fingerprint != model.fingerprint:
+        raise InputError(
+            f"--data {data.data} holds other images now than {arguments.run} was trained on: name those by --data"
+        )
+    return dataset
