@@ -166,6 +166,8 @@ def run(arguments: list[str]) -> int:
             raise InputError(f"unknown command {first!r}: the commands are {', '.join(known)}.{suggestion}")
         wait_politely()
         with Signals():
+            if {"-h", "--help"}.isdisjoint(rest):
+                import numpy  # noqa: F401  # else torch imports it, and swallows a signal that arrives meanwhile
             return known[first].run(rest)
     except InputError as error:
         return _say(error, 2)

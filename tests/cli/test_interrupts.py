@@ -40,6 +40,29 @@ def interrupted(directory: Path, arguments: str, said: str, number: int) -> tupl
     return status, output
 
 
+WHILE_NUMPY_IS_IMPORTED = """
+import signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy.lib._npyio_impl":
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+from ddpm_fast.cli.main import main
+main(["train", "--device", "cpu", "--steps", "1", "--out", "run"])
+"""
+
+
+def test_a_signal_is_obeyed_while_numpy_is_imported(tmp_path):
+    """PyTorch's C++ imports NumPy, too, and goes on with half of it where a signal ends that."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", WHILE_NUMPY_IS_IMPORTED]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "ddpm-fast: SIGINT: interrupted; nothing was written\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_grid_is_left_and_the_steps_are_kept(tmp_path, number):
