@@ -170,7 +170,6 @@ def train_config(
             judge.recall(directory)
         trained, held_out = split(len(dataset), config.data.holdout)
         images = f"{len(trained)}" + (f" + {len(held_out)} held-out" if len(held_out) else "")
-        origin.write(directory, run.trainer.step, device)
         print(f"training {directory} on {decided}: {training.steps} steps, {images} images", flush=True)
         started = time.perf_counter()
         run.train()

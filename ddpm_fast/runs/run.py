@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import writing
 from ddpm_fast.progress import say
-from ddpm_fast.runs import checkpoint, evaluation, scores
+from ddpm_fast.runs import checkpoint, evaluation, origin, scores
 from ddpm_fast.runs.against import EITHER_WAY, Judge
 from ddpm_fast.runs.decisions import Decisions, decide
 from ddpm_fast.runs.directory import amend_last_metrics, prepare, read_metrics
@@ -94,15 +95,15 @@ class Run:
             MathematicsError: a loss or gradient was not finite; the last good checkpoint is kept.
             InputError: the disk is full or not writable.
         """
-        from torch.utils.tensorboard import SummaryWriter  # which sampling and checking have no use for
-
         trainer = self.trainer
-        with (
-            self.signals,
-            SummaryWriter(str(self.directory / "tensorboard"), purge_step=trainer.step) as self.board,
-            self.progress,
-        ):
+        with self.signals, ExitStack() as opened:
             try:
+                origin.write(self.directory, trainer.step, trainer.device)
+                from torch.utils.tensorboard import SummaryWriter  # which sampling and checking have no use for
+
+                writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=trainer.step)
+                self.board = opened.enter_context(writer)
+                opened.enter_context(self.progress)
                 if trainer.execution.compiled:
                     with self.progress.doing("compiling the training step: a minute, the first time", seconds=60):
                         trainer.compile()
@@ -147,9 +148,9 @@ class Run:
         step = self.trainer.step
         try:
             logs = self._evaluation_is_due() or self._scores_are_due() or step % self.config.training.log_every == 0
-            if step > self._logged and logs:
-                self._log()  # an evaluation that was interrupted is made when the run goes on
             if step > self._saved:
+                if step > self._logged and logs:
+                    self._log()  # an evaluation that was interrupted is made when the run goes on
                 self.save()
             done = f"saved step {self._saved}" if self._saved else "interrupted before the first step"
         except InterruptedRunError:

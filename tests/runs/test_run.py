@@ -61,7 +61,7 @@ def signal_after(running: Run, step: int, number: int) -> None:
 def test_a_run_leaves_what_the_readme_says(tmp_path):
     run(tmp_path / "run", with_training(TINY, sample_every=6)).train()
     names = {entry.name for entry in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "evaluation", "samples", "checkpoints", "tensorboard"}
+    assert names == {"config.json", "metrics.jsonl", "evaluation", "origin", "samples", "checkpoints", "tensorboard"}
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4, 6]
     pictures = sorted(entry.name for entry in (tmp_path / "run/samples").iterdir())
     assert pictures[-2:] == ["step-0000006_normalized.png", "step-0000006_raw.png"]
@@ -174,8 +174,9 @@ def test_an_evaluation_that_is_interrupted_is_made_when_the_run_goes_on(tmp_path
     assert metrics(tmp_path) == metrics(whole)
 
 
-def test_a_signal_before_the_first_step_says_so(tmp_path, monkeypatch):
-    signal_when_called(monkeypatch, "ddpm_fast.engine.trainer.random_timesteps")
+@pytest.mark.parametrize("what", ["ddpm_fast.engine.trainer.random_timesteps", "ddpm_fast.runs.origin.describe"])
+def test_a_signal_before_the_first_step_says_so(tmp_path, monkeypatch, what):
+    signal_when_called(monkeypatch, what)
     with pytest.raises(InterruptedRunError, match=r"before the first step; continue by .* --resume"):
         run(tmp_path).train()
     assert checkpoint.newest(tmp_path) is None
