@@ -1,11 +1,18 @@
 """What a check found, and how that is told: right, another thing than the paper's, or wrong."""
 
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
+
+import torch
 
 from ddpm_fast.config import Stage
+from ddpm_fast.errors import InputError
+
+PACKAGE = Path(__file__).parents[1]
 
 
 class Verdict(Enum):
@@ -46,6 +53,26 @@ def accepting(results: Iterable[CheckResult], accepted: Iterable[str]) -> Iterat
     for result in results:
         wrong = result.verdict is Verdict.WRONG and result.stage in accepted
         yield replace(result, verdict=Verdict.CHANGED) if wrong else result
+
+
+def naming_errors(stage: Stage, name: str, results: Iterable[CheckResult]) -> Iterator[CheckResult]:
+    """Yield a stage's results; an error in the engine under it ends them in a line that says where it was raised.
+
+    Raises:
+        InputError, OutOfMemoryError: nothing is wrong but what was asked for.
+    """
+    try:
+        yield from results
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)[::-1]]
+        inside = [(file, line) for file, line in frames if PACKAGE in file.parents]
+        places = [(file, line) for file, line in inside if file.parent.name != "checks"] or inside
+        first = {str(Path(PACKAGE.name, file.relative_to(PACKAGE))): line for file, line in reversed(places)}
+        file = ", ".join(f"{name}:{line}" for name, line in reversed(first.items()))
+        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        yield CheckResult(stage, name, Verdict.WRONG, "no error", words, file)
 
 
 def _shown(result: CheckResult) -> str:

@@ -11,7 +11,7 @@ from ddpm_fast.checks.examples import check_examples
 from ddpm_fast.checks.kernels import check_kernels, kernel_table
 from ddpm_fast.checks.pictures import check_pictures
 from ddpm_fast.checks.randomness import check_randomness
-from ddpm_fast.checks.results import CheckResult, accepting, judged
+from ddpm_fast.checks.results import CheckResult, accepting, judged, naming_errors
 from ddpm_fast.checks.sampling import check_loops, check_tables
 from ddpm_fast.checks.saved import check_saved
 from ddpm_fast.checks.sources import check_sources
@@ -49,29 +49,40 @@ def _all(
     config: Config, dataset: Dataset, device: torch.device, found: Checkpoint | None, full: bool
 ) -> Iterator[CheckResult]:
     yield from check_configuration(config)
-    yield from check_sources(config, dataset, full)
-    yield from check_examples(config, dataset, device, full)
-    yield from check_randomness(config, device, full)
+    yield from naming_errors("data", "images are read", check_sources(config, dataset, full))
+    yield from naming_errors("order", "examples are read", check_examples(config, dataset, device, full))
+    yield from naming_errors("noise", "numbers are drawn", check_randomness(config, device, full))
     source = BatchSource(dataset, key_from_seed(config.training.seed), device, config.data.holdout)
+    computed = _check_network(config, source, device, found, full)
+    yield from naming_errors("weights", "a U-Net and its trainer are built", computed)
+    yield from naming_errors("pixels", "pictures are made", check_pictures(config.unet.image_channels))
+    if full:
+        yield from naming_errors("checkpoint", "a run is saved and loaded", check_saved(config, device))
+
+
+def _check_network(
+    config: Config, source: BatchSource, device: torch.device, found: Checkpoint | None, full: bool
+) -> Iterator[CheckResult]:
+    """Check what a run does with its network: training and sampling."""
     trainer = small_trainer(config, source.batch, device)
     yield from check_weights(trainer.unet, replace(config, unet=trainer.config.unet))
     if found is not None:
         yield _check_checkpoint(found)
-    yield from check_schedule(config.diffusion, trainer.table)
-    yield from check_training(trainer, config)
-    yield from check_tables(config.diffusion, full)
+    yield from naming_errors("schedule", "there is a schedule", check_schedule(config.diffusion, trainer.table))
+    yield from naming_errors("network", "training steps are taken", check_training(trainer, config))
+    yield from naming_errors("sampler", "samplers are made", check_tables(config.diffusion, full))
     perturb(trainer.unet)
     execution = choose_execution(config.training.compile, config.training.capture, device)
     dtype = choose_dtype(config.training.precision, device)
-    yield from check_loops(trainer.unet, config.diffusion, dtype, execution)
-    yield from check_pictures(config.unet.image_channels)
-    if full:
-        yield from check_saved(config, device)
+    loops = check_loops(trainer.unet, config.diffusion, dtype, execution)
+    yield from naming_errors("sampler", "images are sampled", loops)
     if full and execution != EAGER:
         late = steps_to_check(config.training)[-1]
-        yield from check_as_run(Trainer(config, source.batch, device, execution), late)
+        run = Trainer(config, source.batch, device, execution)
+        yield from naming_errors("kernels", "steps are taken as in the run", check_as_run(run, late))
     if trainer.unet.ops.fused:
-        yield from check_kernels(trainer.unet.ops, config, device, dtype)
+        kernels = check_kernels(trainer.unet.ops, config, device, dtype)
+        yield from naming_errors("kernels", "kernels run", kernels)
 
 
 def _check_checkpoint(found: Checkpoint) -> CheckResult:

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import ops
-from ddpm_fast.checks.results import CheckResult, Verdict, accepting, report
+from ddpm_fast.checks.results import CheckResult, Verdict, accepting, naming_errors, report
 from ddpm_fast.checks.suite import check_run
 from ddpm_fast.config import CheckConfig, Config, DiffusionConfig, UNetConfig, with_training
 from ddpm_fast.data.dataset import Dataset, open_dataset
 from ddpm_fast.diffusion import noise, samplers, schedule
 from ddpm_fast.engine.flat_weights import FlatWeights
+from ddpm_fast.errors import InputError
 from ddpm_fast.model import blocks
+from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import reference
 from ddpm_fast.presets import PRESETS
+from tests.checks.faults_in_the_network import change_source
 
 CPU = torch.device("cpu")
 SMALL_UNET = UNetConfig(1, 8, 8, 8, (1, 1), res_blocks=1, attention_resolutions=(), groups=4)
@@ -151,6 +154,23 @@ def test_what_is_changed_fails_only_if_strict(capsys):
     assert (status, "0 checks passed, 1 CHANGED" in out) == (0, True)
     status, out = told(iter([line("network", Verdict.CHANGED)]), capsys, strict=True)
     assert (status, "leave out --strict" in out) == (3, True)
+
+
+def test_an_error_in_the_engine_is_a_line_that_says_where(digits, monkeypatch):
+    change_source(monkeypatch, UNet, "denoise", "skips.pop()", "skips[-1].flatten()")
+    first = next(result for result in check_run(SMALL, digits, CPU) if not result.passed)
+    assert (first.stage, first.verdict) == ("network", Verdict.WRONG)
+    assert re.search(r"ddpm_fast/model/unet.py:\d+.* ddpm_fast/engine/trainer.py:\d+", first.file)
+    assert "Error: " in first.found
+
+
+def test_what_cannot_be_done_is_no_fault():
+    def refusing() -> Iterator[CheckResult]:
+        raise InputError("--holdout leaves none")
+        yield
+
+    with pytest.raises(InputError):
+        list(naming_errors("order", "examples are read", refusing()))
 
 
 def test_what_was_wrong_before_a_crash_is_told(capsys):
