@@ -23,6 +23,8 @@ CHANNELS = 4
 MOST_IMAGES = 2**13
 """Of which is seen what becomes of them: enough to count flips."""
 SAMPLING_STEPS = 3
+OTHER_SEEDS = (1, 1 << 32)
+"""Differences to the run's seed: one of its low word, one of its high word."""
 IMAGE = torch.arange(CHANNELS * 6, dtype=torch.uint8).view(CHANNELS, 2, 3) * 11
 """[C, 2, 3]: every pixel differs from all others, so that mirroring and exchanged channels show."""
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.checks.chance import RARE, of_sigmas
-from ddpm_fast.checks.draws import with_least_unet
+from ddpm_fast.checks.draws import OTHER_SEEDS, with_least_unet
 from ddpm_fast.checks.results import CheckResult, judged
 from ddpm_fast.config import Config
-from ddpm_fast.data.batches import BatchSource
+from ddpm_fast.data.batches import BatchSource, split
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import key_from_seed
 from ddpm_fast.engine.trainer import Trainer
@@ -43,6 +43,11 @@ def check_examples(config: Config, dataset: Dataset, device: torch.device, full:
     numbered = _numbered(images)
     if 0 < config.data.holdout < 1 / images:  # of fewer images than there are, one at least
         config = replace(config, data=replace(config.data, holdout=1 / images))
+    shape, expected = tuple(_source(config, numbered, device).batch(0, 1)[0].shape), (1, 1, 1, 4)
+    if shape != expected:  # then no number can be read
+        name, source = "a batch of images of 1x4 pixels is [N, C, H, W]", ORDER.split()[0]
+        yield CheckResult("data", name, judged(False), f"{expected}", f"{shape}", source)
+        return
     yield from check_epochs(config, numbered, device)
     yield _check_images(config, dataset, device)
     yield _check_steps(config, numbered, device)
@@ -85,15 +90,19 @@ def check_epochs(config: Config, numbered: Dataset, device: torch.device) -> Ite
     name, expected = "every epoch visits all images once", f"{count} images" + f", {held_out} held out" * bool(held_out)
     found = f"{never} are never seen, {wrong - never * epochs} times one is missing from an epoch or repeated in it"
     yield CheckResult("order", name, judged(not wrong), expected, found if wrong else expected, ORDER)
-    other = _visited(_source(config, numbered, device, 1), 0, epochs * count, batch).view(epochs, count)
+    others = [
+        _visited(_source(config, numbered, device, more), 0, epochs * count, batch).view(epochs, count)
+        for more in OTHER_SEEDS
+    ]
     if held_out:
-        leaked = int((~seen[other.clamp(0, total - 1)]).sum())
-        name, expected = "what is held out is so for every seed", "the same images"
-        found = f"another seed trains on {leaked} of them" if leaked else expected
+        evaluated = split(total, config.data.holdout)[1]
+        name, expected = "what is held out is evaluated alone, for every seed", f"{len(evaluated)} images"
+        leaked = max(int(torch.isin(evaluated, visited).sum()) for visited in (orders, *others))
+        found = f"{leaked} of them are trained on" if leaked else expected
         yield CheckResult("order", name, judged(not leaked), expected, found, ORDER)
     name, expected = "every epoch has an order of its own", "unlike the last one's, the data's and another seed's"
     place = seen.cumsum(0) - 1  # of each image among those that are trained on
-    found = _likeness(place[orders.clamp(0, total - 1)], place[other.clamp(0, total - 1)])
+    found = _likeness(*(place[visited.clamp(0, total - 1)] for visited in (orders, *others)))
     yield CheckResult("order", name, judged(not found), expected, found or expected, ORDER)
     middle = count // 3
     again = _visited(_source(config, numbered, device), (epochs - 1) * count + middle, count - middle, batch)
@@ -102,15 +111,18 @@ def check_epochs(config: Config, numbered: Dataset, device: torch.device) -> Ite
     yield CheckResult("order", name, judged(right), expected, expected if right else "other images", ORDER)
 
 
-def _likeness(orders: Tensor, other_seed: Tensor) -> str:
+def _likeness(orders: Tensor, *other_seeds: Tensor) -> str:
     """Say which orders are too much alike, or nothing."""
     count = orders.shape[1]
     if count < FEW:
-        alike = {"all epochs": orders[1:] == orders[:-1], "two seeds": orders == other_seed}
-        return next((f"{which} are alike" for which, same in alike.items() if count > 1 and bool(same.all())), "")
+        alike = [("all epochs", orders[1:] == orders[:-1]), *(("two seeds", orders == other) for other in other_seeds)]
+        return next((f"{which} are alike" for which, same in alike if count > 1 and bool(same.all())), "")
     data = torch.arange(count)
     pairs = {f"epochs {epoch} and {epoch + 1}": (orders[epoch], orders[epoch + 1]) for epoch in range(len(orders) - 1)}
-    pairs |= {"two seeds": (orders[0], other_seed[0]), "an epoch and the data": (data, orders[0])}
+    pairs |= {
+        f"two seeds, {more} apart,": (orders[0], other[0]) for more, other in zip(OTHER_SEEDS, other_seeds, strict=True)
+    }
+    pairs["an epoch and the data"] = (data, orders[0])
     for which, (a, b) in pairs.items():
         place = torch.zeros_like(a).scatter_(0, a.clamp(0, count - 1), data)[
             b.clamp(0, count - 1)

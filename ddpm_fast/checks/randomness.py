@@ -19,9 +19,10 @@ from ddpm_fast.checks.chance import (
     share_repeated,
     shares_of_integers,
 )
-from ddpm_fast.checks.draws import CHANNELS, IMAGE, SamplingProbe, TrainingDraws, TrainingProbe
+from ddpm_fast.checks.draws import CHANNELS, IMAGE, OTHER_SEEDS, SamplingProbe, TrainingDraws, TrainingProbe
 from ddpm_fast.checks.results import CheckResult, judged
 from ddpm_fast.config import Config
+from ddpm_fast.constants import Stream
 from ddpm_fast.diffusion import noise
 
 PIXELS = {False: 2**13, True: 2**18}
@@ -29,8 +30,6 @@ PIXELS = {False: 2**13, True: 2**18}
 DRAWS_PER_TIMESTEP = 24
 """Then a given t is missed once in exp(24), or 3e10."""
 LEAST_EXAMPLES, MOST_EXAMPLES = 2**12, 2**19
-OTHER_SEEDS = (1, 1 << 32)
-"""Differences to the run's seed: one of its low word, one of its high word."""
 NOISE, REFERENCE = "ddpm_fast/diffusion/noise.py", "ddpm_fast/ops/reference.py"
 SAMPLING, BOTH = "ddpm_fast/engine/sampling.py", "ddpm_fast/engine/sampling.py or ddpm_fast/ops/reference.py"
 
@@ -57,6 +56,7 @@ def check_randomness(config: Config, device: torch.device, full: bool = False) -
     """
     yield check_philox(device)
     yield check_extremes(device)
+    yield check_every_bit(device)
     size = (config.unet.height, config.unet.width)
     count = max(4, PIXELS[full] // (size[0] * size[1]) // 4 * 4)  # two batches, and half as many again
     probes = {more: TrainingProbe(config, device, more) for more in (0, *OTHER_SEEDS)}
@@ -93,6 +93,30 @@ def check_extremes(device: torch.device) -> CheckResult:
     right, found = bool(z.isfinite().all()) and float(z.abs().max()) < 8, f"up to {float(z.abs().max()):.3g}"
     name = "the rarest words give numbers"
     return CheckResult("noise", name, judged(right), "normals below 8 in size", found, NOISE)
+
+
+def check_every_bit(device: torch.device) -> CheckResult:
+    """Check that each bit of an address makes another number, also bits that no check draws, and the pixels' order."""
+    address = noise.NoiseAddress(*torch.zeros(2, 2, dtype=torch.int64, device=device))
+    address = address._replace(sample_index=torch.tensor([0, *(1 << bit for bit in range(32))], device=device))
+    steps = torch.tensor([0, *(1 << bit for bit in range(0, 30, 3))], device=device)
+
+    def draw(step: Tensor, stream: Stream, height: int, width: int) -> Tensor:
+        return noise.normal(address, step, stream, (2 * CHANNELS, height, width), torch.float64)
+
+    drawn = torch.stack([draw(step, Stream.SAMPLING, 2, 3) for step in steps] + [draw(steps[0], Stream.TRAINING, 2, 3)])
+    words = torch.stack([noise.example_word(address, stream) for stream in (Stream.TIMESTEP, Stream.FLIP)])
+    keys = torch.stack([noise.key_from_seed(seed) for seed in (0, *(1 << bit for bit in range(64)))])
+    in_one_row = draw(steps[0], Stream.TRAINING, 1, 6).reshape(-1, 2 * CHANNELS, 2, 3)
+    wrong = {
+        "pixels are not numbered row by row": not torch.equal(drawn[-1], in_one_row),
+        "two seeds have one key": len(keys.unique(dim=0)) < len(keys),
+        "two addresses have one number": len(drawn.unique()) < drawn.numel(),
+        "two examples have one word": len(words.unique()) < words.numel(),
+    }
+    name, expected = "each bit of an address counts", "other numbers by each"
+    found = next((fault for fault, is_so in wrong.items() if is_so), expected)
+    return CheckResult("noise", name, judged(found == expected), expected, found, NOISE)
 
 
 def _examples(config: Config) -> int:

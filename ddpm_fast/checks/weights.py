@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpm_fast import textbook
 from ddpm_fast.checks.chance import RARE, of_sigmas
+from ddpm_fast.checks.draws import OTHER_SEEDS
 from ddpm_fast.checks.results import CheckResult, Verdict, judged
 from ddpm_fast.config import Config, UNetConfig, with_training
 from ddpm_fast.engine.trainer import new_unet
@@ -78,11 +79,11 @@ def _check_repetition(weights: dict[str, Tensor]) -> CheckResult:
 
 def _check_seed(config: Config, device: torch.device) -> CheckResult:
     seed = config.training.seed
-    seeds = (seed, seed, (seed + 1) % 2**64)
-    first, again, other = (
+    seeds = (seed, seed, *((seed + more) % 2**64 for more in OTHER_SEEDS))
+    first, again, *others = (
         new_unet(with_training(replace(config, unet=SMALL), seed=s), device).conv_in.weight for s in seeds
     )
-    right = torch.equal(first, again) and not torch.equal(first, other)
+    right = torch.equal(first, again) and not any(torch.equal(first, other) for other in others)
     name, expected = "initial weights follow from the seed", "the same for one seed, others for another"
     found = expected if right else "others for one seed" if not torch.equal(first, again) else "the same for another"
     return CheckResult("weights", name, judged(right), expected, found, TRAINER)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddpm_fast.config import Config
 from ddpm_fast.constants import StepFigures, StepNumbers
-from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed, random_timesteps
+from ddpm_fast.diffusion.noise import KEY_INCREMENTS, NoiseAddress, key_from_seed, random_timesteps
 from ddpm_fast.diffusion.schedule import TrainingTable, training_table
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, Work
 from ddpm_fast.engine.execution import EAGER, Execution, choose_dtype
@@ -33,8 +33,9 @@ def new_unet(config: Config, device: torch.device) -> UNet:
 
     It computes with the ops that --kernels or --no-kernels means on the device.
     """
+    low, high = key_from_seed(config.training.seed).tolist()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
+        torch.manual_seed((low + KEY_INCREMENTS[0] * high) % 2**32)  # a CPU's generator reads 32 bits and no more
         unet = UNet(config.unet)
     unet.use(choose_ops(config.training.kernels, device))
     return unet.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -137,6 +137,23 @@ def batches_in_bgr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches.BatchSource, "batch", bgr)
 
 
+@fault("data", BATCHES)
+def rows_and_columns_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batches.BatchSource.batch
+
+    def turned(self, *given):
+        images, numbers = batch(self, *given)
+        return images.transpose(2, 3), numbers
+
+    monkeypatch.setattr(batches.BatchSource, "batch", turned)
+
+
+@fault("order", BATCHES)
+def seeds_high_word_lost_by_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = batches.permutation
+    monkeypatch.setattr(batches, "permutation", lambda key, *rest: order(key * torch.tensor([1, 0]), *rest))
+
+
 def with_weights(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
     initialize = unet.UNet.initialize
 
@@ -184,12 +201,26 @@ def seed_ignored_by_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "manual_seed", lambda _: seed(0))
 
 
+@fault("weights", TRAINER)
+def seeds_high_word_lost_by_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpm_fast.engine.trainer.KEY_INCREMENTS", (0, 0))
+
+
 @pytest.mark.parametrize(("plant", "stage", "file"), FAULTS, ids=[plant.__name__ for plant, _, _ in FAULTS])
 def test_a_planted_fault_is_named(monkeypatch, plant, stage, file):
     plant(monkeypatch)
     first = next(result for result in everything() if result.verdict is Verdict.WRONG)
     assert first.stage == stage
     assert file in first.file
+
+
+def test_training_on_images_that_are_held_out_is_named(monkeypatch):
+    config, dataset = replace(CONFIG, data=DataConfig(holdout=0.1)), Dataset(PIXELS, "", "")
+    assert all(result.passed for result in check_examples(config, dataset, CPU))
+    monkeypatch.setattr(batches.BatchSource, "_rows", lambda self, *given: self.order.indices(*given))
+    wrong = [result for result in check_examples(config, dataset, CPU) if not result.passed]
+    assert [(result.stage, result.verdict) for result in wrong] == [("order", Verdict.WRONG)]
+    assert BATCHES in wrong[0].file
 
 
 def test_a_layer_of_somebodys_own_is_only_said():

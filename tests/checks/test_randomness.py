@@ -144,6 +144,32 @@ def noise_that_follows_t(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "example_word", of_training)
 
 
+@fault("noise", NOISE)
+def noise_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = noise._channels_first
+    monkeypatch.setattr(noise, "_channels_first", lambda words, shape: order(words, (shape[0], shape[2], shape[1])))
+
+
+@fault("noise", NOISE)
+def examples_16_bits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = noise.pixel_words
+    monkeypatch.setattr(
+        noise, "pixel_words", lambda a, *rest: draw(a._replace(sample_index=a.sample_index & 0xFFFF), *rest)
+    )
+
+
+@fault("noise", NOISE)
+def seeds_low_16_bits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = noise.key_from_seed
+    monkeypatch.setattr(noise, "key_from_seed", lambda seed, *rest: key(seed & 0xFFFF, *rest))
+
+
+@fault("noise", NOISE)
+def noise_again_after_256_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_address(monkeypatch, lambda a, step, stream: (a, step % 256, stream))
+    monkeypatch.setattr(noise, "normal", reference.normal)
+
+
 @fault("noise", OPS)
 def other_noise_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = reference.noise_mse
