@@ -19,8 +19,10 @@ from ddpm_fast.checks.pictures import bands_of
 from ddpm_fast.checks.results import CheckResult, Stage, judged
 from ddpm_fast.checks.stand_in import perturb
 from ddpm_fast.config import Config, SamplerConfig, SamplerName, with_training
+from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion import samplers
+from ddpm_fast.diffusion.noise import key_from_seed
 from ddpm_fast.engine import sampling
 from ddpm_fast.engine.execution import choose_dtype
 from ddpm_fast.engine.trainer import Trainer
@@ -42,7 +44,10 @@ SMALL: dict[str, Any] = {
     "groups": 2,
 }
 """What replaces the fields of the run's U-Net."""
-CHECKPOINT, MODEL = "ddpm_fast/runs/checkpoint.py", "ddpm_fast/runs/trained_model.py"
+IMAGES = 64
+"""Of the data set."""
+CHECKPOINT, MODEL, RUN = "ddpm_fast/runs/checkpoint.py", "ddpm_fast/runs/trained_model.py", "ddpm_fast/runs/run.py"
+STATE = "ddpm_fast/engine/flat_weights.py, ddpm_fast/engine/trainer.py"
 TRAINER, PREVIEWS = "ddpm_fast/engine/trainer.py", "ddpm_fast/runs/previews.py"
 
 
@@ -55,46 +60,64 @@ def check_saved(config: Config, device: torch.device) -> Iterator[CheckResult]:
     """
     config = replace(config, unet=replace(config.unet, **SMALL))
     config = with_training(config, device=device.type, compile=False, capture=False)
-    trainer = Trainer(config, _grey, device)
+    config = replace(config, data=replace(config.data, holdout=0.5 if config.data.holdout else 0.0))
+    with tempfile.TemporaryDirectory() as directory:
+        yield from _check_saved(config, _numbered(config), Path(directory), device)
+    yield _check_previews(config)
+
+
+def _check_saved(config: Config, dataset: Dataset, directory: Path, device: torch.device) -> Iterator[CheckResult]:
+    """Save a run into a directory, and look at what is there, what resumes from it, and what is sampled from it."""
+    run = Run(directory, config, dataset, None, progress=False)
+    trainer = run.trainer
     trainer.train_step_no_sync()
+    trainer.step = STEP
     perturb(trainer.unet, seed=0)
     _set_average(trainer, seed=1)
     average, trained = _copies(trainer.ema), _copies(trainer.parameters)
-    with tempfile.TemporaryDirectory() as directory:
-        run = Path(directory)
-        checkpoint.save(run, STEP, config, "no data", trainer.state())
-        found = checkpoint.resolve(run)
-        parts: dict[str, Mapping[str, Tensor]] = {"model": trained, "ema": average}
-        wrong = [part for part, weights in parts.items() if not _equal(found.tensors(part), weights)]
-        name, expected = "a checkpoint holds the weights and their average", "both, bit for bit"
-        text, file = f"other {' and '.join(wrong)} weights" if wrong else expected, f"{TRAINER} or {CHECKPOINT}"
-        yield CheckResult("checkpoint", name, judged(not wrong), expected, text, file)
-        yield _check_resuming(trainer, found)
-        images = {part: _images(config, found.tensors(part), device) for part in parts}
-        yield from _check_models(config, run, images)
+    run.save()
+    found = checkpoint.resolve(directory)
+    parts: dict[str, Mapping[str, Tensor]] = {"model": trained, "ema": average}
+    wrong = [part for part, weights in parts.items() if not _equal(found.tensors(part), weights)]
+    name, expected = "a checkpoint holds the weights and their average", "both, bit for bit"
+    text, file = f"other {' and '.join(wrong)} weights" if wrong else expected, f"{STATE}, {RUN} or {CHECKPOINT}"
+    yield CheckResult("checkpoint", name, judged(not wrong), expected, text, file)
+    resumed = Run(directory, config, dataset, found, progress=False).trainer
+    yield _check_resuming(trainer, resumed)
+    yield _check_order(config, dataset, resumed)
+    images = {part: _images(config, found.tensors(part), device) for part in parts}
+    yield from _check_models(config, directory, images)
     with trainer.ema_weights() as lent:
         right = _equal(dict(lent.named_parameters()), average)
     back = _equal(trainer.parameters, trained)
     name, expected = "the average is lent for previews", "the average inside, the trained weights afterwards"
     text = expected if right and back else "other weights " + ("afterwards" if right else "inside")
     yield CheckResult("ema", name, judged(right and back), expected, text, TRAINER)
-    yield _check_previews(config)
 
 
-def _grey(first: int, n: int) -> tuple[Tensor, Tensor]:
-    """Return a batch of grey images; the trainer copies them to its device."""
-    return torch.full((n, 1, 1, 1), 128, dtype=torch.uint8), torch.arange(first, first + n)
+def _numbered(config: Config) -> Dataset:
+    """Return images that are each of one grey, another one for each."""
+    shape = (IMAGES, config.unet.height, config.unet.width, config.unet.image_channels)
+    return Dataset(np.broadcast_to(np.arange(IMAGES, dtype=np.uint8).reshape(-1, 1, 1, 1), shape).copy(), "", "")
 
 
-def _check_resuming(trainer: Trainer, found: checkpoint.Checkpoint) -> CheckResult:
-    """Check that a trainer that loads a checkpoint stands where the one that saved it stood."""
-    resumed = Trainer(trainer.config, _grey, trainer.device)
-    resumed.load_state(found.step, {part: found.tensors(part) for part in checkpoint.TENSOR_FILES})
+def _check_order(config: Config, dataset: Dataset, trainer: Trainer) -> CheckResult:
+    """Check that a run trains on the examples whose order was checked (`examples`): all but those held out."""
+    key = key_from_seed(config.training.seed)
+    source = BatchSource(dataset, key, trainer.device, config.data.holdout)
+    pairs = zip(trainer.batch(STEP, 2 * IMAGES), source.batch(STEP, 2 * IMAGES), strict=True)
+    right = all(torch.equal(found, expected) for found, expected in pairs)
+    name, expected = "a run trains on its examples", "those of its seed and hold-out"
+    return CheckResult("order", name, judged(right), expected, expected if right else "others", RUN)
+
+
+def _check_resuming(trainer: Trainer, resumed: Trainer) -> CheckResult:
+    """Check that a trainer that resumed from a checkpoint stands where the one that saved it stood."""
     unlike = [part for part, saved in trainer.state().items() if not _equal(resumed.state()[part], _copies(saved))]
     unlike += ["step"] if resumed.step != STEP else []
     name, expected = "a run resumes from what was saved", "weights, average, Adam's moments and step"
     text = f"another {unlike[0]}" if unlike else expected
-    return CheckResult("checkpoint", name, judged(not unlike), expected, text, TRAINER)
+    return CheckResult("checkpoint", name, judged(not unlike), expected, text, f"{STATE} or {RUN}")
 
 
 @torch.no_grad()
@@ -199,6 +222,7 @@ def _differ(a: Config, b: Config, part: str) -> bool:
 def _check_previews(config: Config) -> CheckResult:
     """Check that the grids drawn during training are drawn from the average, at first and later."""
     few = replace(config, diffusion=replace(config.diffusion, timesteps=min(2, config.diffusion.timesteps)))
+    few = replace(few, data=replace(few.data, holdout=0.0))
     few = with_training(with_least_unet(few, (config.unet.image_channels, 4, 4)), batch_size=1, accumulate=1)
     blank, wrong = Dataset(np.zeros((1, 4, 4, config.unet.image_channels), np.uint8), "", ""), list[str]()
     with tempfile.TemporaryDirectory() as directory:

@@ -12,7 +12,10 @@ import torch
 from ddpm_fast.checks.pictures import check_pictures
 from ddpm_fast.checks.results import CheckResult, Verdict
 from ddpm_fast.checks.saved import check_saved
-from ddpm_fast.config import Config, DiffusionConfig, TrainingConfig, UNetConfig
+from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
+from ddpm_fast.data.batches import BatchSource
+from ddpm_fast.diffusion.noise import key_from_seed
+from ddpm_fast.engine import flat_weights
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.runs import checkpoint, grids, trained_model
 from ddpm_fast.runs.previews import Previews
@@ -20,9 +23,10 @@ from tests.checks.planting import list_of_faults
 
 UNET = UNetConfig(3, 4, 8, 4, (1,), res_blocks=1, attention_resolutions=(), groups=2)
 DIFFUSION = DiffusionConfig(30, "cosine", prediction="v", variance="small")
-CONFIG = Config("digits", UNET, DIFFUSION, training=TrainingConfig(batch_size=2))
+CONFIG = Config("digits", UNET, DIFFUSION, DataConfig(holdout=0.1), TrainingConfig(batch_size=2, seed=3))
 GRIDS, CHECKPOINT, MODEL = "runs/grids.py", "runs/checkpoint.py", "runs/trained_model.py"
-TRAINER, PREVIEWS = "engine/trainer.py", "runs/previews.py"
+TRAINER, PREVIEWS, RUN = "engine/trainer.py", "runs/previews.py", "runs/run.py"
+STATE = "engine/flat_weights.py"
 FAULTS, fault = list_of_faults()
 
 
@@ -34,7 +38,7 @@ def everything() -> Iterator[CheckResult]:
 def test_a_sound_engine_passes():
     results = list(everything())
     assert [result for result in results if not result.passed] == []
-    assert len(results) == 16
+    assert len(results) == 17
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
@@ -127,6 +131,27 @@ def prediction_and_variance_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 @fault("checkpoint", TRAINER)
 def resumed_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddpm_fast.engine.flat_weights._copy_all", lambda part, into, source: None)
+
+
+@fault("checkpoint", STATE)
+def moments_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = flat_weights._copy_all
+    monkeypatch.setattr(flat_weights, "_copy_all", lambda part, *given: part == "optimizer" or load(part, *given))
+
+
+@fault("checkpoint", RUN)
+def a_run_that_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "load_state", lambda self, step, parts: setattr(self, "step", step))
+
+
+@fault("order", RUN)
+def a_run_in_the_order_of_seed_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpm_fast.runs.run.key_from_seed", lambda seed, device: key_from_seed(0, device))
+
+
+@fault("order", RUN)
+def a_run_that_holds_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpm_fast.runs.run.BatchSource", lambda *given: BatchSource(*given[:3]))
 
 
 @fault("ema", MODEL)
