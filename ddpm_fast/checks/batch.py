@@ -52,6 +52,9 @@ def _check_order(steps: list[TrainingStep]) -> CheckResult:
             found = f"{len(used)}, numbered from {int(used.min())} to {int(used.max())}"
             found = "other images under these numbers" if numbered else found
             return CheckResult("order", name, judged(False), expected, found, file)
+        if step.next_number != step.number + 1:
+            found = f"step {step.next_number} after step {step.number}"
+            return CheckResult("order", name, judged(False), "the next step", found, TRAINER)
     return CheckResult("order", name, judged(True), "step * batch size and what follows", "so", file)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ddpm_fast.checks.chance import most_by_chance
 from ddpm_fast.checks.recording import Call, TrainingStep
 from ddpm_fast.checks.results import CheckResult, judged
+from ddpm_fast.constants import Stream, drop_threshold
+from ddpm_fast.diffusion.noise import NoiseAddress, random_words_below
 
 SCALE_BOUND = 1e-3
 NORM, BLOCKS = "ddpm_fast/ops/reference.py", "ddpm_fast/model/blocks.py"
@@ -79,6 +81,9 @@ def check_dropout(steps: list[TrainingStep], fused: bool) -> Iterator[CheckResul
     yield CheckResult("dropout", "dropout drops its share", judged(right), expected, f"{share:.2%}", file)
     if p == 0:
         return
+    found = "so" if alike else next((words for step in steps if (words := _elsewhere(step, p))), "so")
+    name, expected = "dropout drops by its seed, example, layer and pixel", "the places of these addresses"
+    yield CheckResult("dropout", name, judged(found == "so"), expected, found, file)
     name, found = "dropout drops other places in every layer, example and step", alike or "all differ"
     yield CheckResult("dropout", name, judged(not alike), "no two masks alike", found, file)
     scales = [scale for found in calls.values() for call in found if (scale := scale_of(call)) is not None]
@@ -86,6 +91,19 @@ def check_dropout(steps: list[TrainingStep], fused: bool) -> Iterator[CheckResul
     right = abs(worst * (1 - p) - 1) < SCALE_BOUND or share == 0
     name, expected = "what dropout keeps is divided by 1 - p", f"times {1 / (1 - p):.4f}"
     yield CheckResult("dropout", name, judged(right), expected, f"times {worst:.4f}", file)
+
+
+def _elsewhere(step: TrainingStep, p: float) -> str:
+    """Say in which layer other places are dropped than the address's, or nothing; four channels are looked at."""
+    address = NoiseAddress(step.ops["q_sample"][0].given["key"], step.joined("q_sample", "sample_index"))
+    layers = [(name, calls) for name, calls in step.modules.items() if name.endswith("norm2") and calls]
+    for number, (name, calls) in enumerate(layers):  # as they were called: in forward order
+        mask = torch.cat([dropped(call)[:, :4] for call in calls])
+        shape = (mask.shape[1], mask.shape[2], mask.shape[3])
+        places = random_words_below(address, number, Stream.DROPOUT, shape, drop_threshold(p))
+        if not bool(((mask == places) | mask.isnan()).all()):
+            return f"others in {name} in step {step.number}"
+    return ""
 
 
 def _most_alike(masks: Masks, p: float) -> str:

@@ -37,7 +37,7 @@ def _norms(trainer: Trainer) -> Iterator[tuple[str, Norm, int]]:
     for name, spread, images, channels, size in (
         ("ordinary values", 1.0, 2, 16, 4),
         ("values of 1e-3, which show what is added to the variance", 1e-3, 2, 16, 4),
-        ("a batch so large that a CPU takes another way", 1.0, 64, 32, 12),
+        ("a batch so large that a CPU takes another way", 0.03, 64, 32, 12),
     ):
         x = spread * torch.randn(images, channels, size, size, generator=generator)
         weight, bias, *_ = 1 + 0.3 * torch.randn(2, channels, generator=generator)

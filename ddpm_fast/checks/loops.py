@@ -139,13 +139,15 @@ def _is_moderate(*values: Tensor) -> bool:
 def _faults_between(loop: sampling.SamplingLoop, steps: list[Step], images: sampling.ImageRange) -> Iterator[str]:
     """Say what goes wrong between the steps of the batches, the first first."""
     rows, numbers = loop.table.rows.float().cpu(), torch.arange(images.first, images.first + images.count)
-    batches, K = -(-images.count // BATCH), len(rows)
+    batches, K, unet = -(-images.count // BATCH), len(rows), loop.unet.config
     if len(steps) != K * batches:
         yield f"{len(steps)} steps for {batches} batches of {K} rows"
         return
     for i, step in enumerate(steps):
         batch, k = divmod(i, K)
         where, mine = f"step {k} of batch {batch}", numbers[batch * len(step.x) : (batch + 1) * len(step.x)]
+        if tuple(step.x.shape[1:]) != (shape := (unet.image_channels, unet.height, unet.width)):
+            yield f"{where} makes images of {tuple(step.x.shape[1:])}, not {shape}"
         if step.number != k:
             yield f"{where} takes row {step.number}"
         if not _same(step.rows.cpu(), rows):

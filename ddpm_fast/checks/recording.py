@@ -69,6 +69,8 @@ class TrainingStep:
     """By parameter, before they are clipped; those of frozen ones are left out."""
     loss: float = 0.0
     """What the trainer says it was."""
+    next_number: int = 0
+    """Of the step that the trainer would take next."""
 
     def pixels(self) -> Tensor:
         """Return the batch's images that q_sample was given, by their numbers: [N, C, H, W] uint8."""
@@ -142,7 +144,7 @@ def record_step(trainer: Trainer, number: int, updates: int, modules: tuple[str,
         stack.enter_context(_recorded_gradients(trainer, step))
         stack.enter_context(_recorded_modules(trainer.unet, modules, step))
         trainer.train_step_no_sync()
-    step.loss, step.after = trainer.read_loss(), copy_of_state(trainer)
+    step.loss, step.after, step.next_number = trainer.read_loss(), copy_of_state(trainer), trainer.step
     return step
 
 

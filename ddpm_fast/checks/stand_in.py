@@ -53,12 +53,12 @@ def flop_of(unet: UNetConfig) -> int:
 def small_trainer(config: Config, batch: BatchFunction, device: torch.device) -> Trainer:
     """Build a trainer of the run's own configuration and data on a few examples per step, in float32, eager.
 
-    A batch stays in two parts where the run accumulates. The U-Net is the run's own if it is `affordable`.
+    A batch stays in parts where the run accumulates: in four or two. The U-Net is the run's own if it is `affordable`.
     """
     limit = GPU_FLOP if device.type == "cuda" else FLOP
     unet = affordable(config.unet, limit / 2)
     examples = max(2, min(EXAMPLES, int(limit / flop_of(unet))) // 2 * 2)
-    accumulate = min(config.training.accumulate, 2)
+    accumulate = next(parts for parts in (4, 2, 1) if parts <= config.training.accumulate and examples % parts == 0)
     config = with_training(config, batch_size=examples, accumulate=accumulate, precision="fp32")
     config = replace(config, unet=unet)
 

@@ -15,11 +15,11 @@ from ddpm_fast.checks.followed import watched_modules
 from ddpm_fast.checks.layers import check_group_norm, check_time_shifts
 from ddpm_fast.checks.loss import check_loss
 from ddpm_fast.checks.network import check_network
-from ddpm_fast.checks.recording import TrainingStep, copy_of_state, put_back, record_step
-from ddpm_fast.checks.results import CheckResult, Stage, Verdict
+from ddpm_fast.checks.recording import State, TrainingStep, copy_of_state, put_back, record_step
+from ddpm_fast.checks.results import CheckResult, Stage, Verdict, judged
 from ddpm_fast.checks.stand_in import exact_float32, perturb, steps_to_check
 from ddpm_fast.checks.training_table import check_table
-from ddpm_fast.checks.updates import check_updates
+from ddpm_fast.checks.updates import ENGINE, check_updates
 from ddpm_fast.config import Config
 from ddpm_fast.constants import TRAINING_COLUMN
 from ddpm_fast.engine.trainer import Trainer
@@ -37,6 +37,7 @@ def check_training(trainer: Trainer, run: Config) -> Iterator[CheckResult]:
         with exact_float32():
             perturb(trainer.unet)
             yield from _check_every_stage(trainer, run)
+            yield check_first_average(start)
             put_back(trainer, start)
             yield check_fit(trainer, steps_to_check(run.training)[-1])
     finally:
@@ -78,6 +79,14 @@ def check_finite(steps: list[TrainingStep]) -> CheckResult:
                 found = f"not so in stage {stage} of step {step.number}"
                 return CheckResult(stage, name, Verdict.WRONG, finite, found, file)
     return CheckResult("optimizer", name, Verdict.RIGHT, finite, finite, "ddpm_fast/engine/trainer.py")
+
+
+def check_first_average(start: State) -> CheckResult:
+    """Check that the average of a trainer that has taken no step is its weights."""
+    unlike = [name for name, weight in start["model"].items() if not torch.equal(start["ema"][name], weight)]
+    name, expected = "the average begins as the weights", "the initial weights"
+    found = f"another {unlike[0]}" if unlike else expected
+    return CheckResult("ema", name, judged(not unlike), expected, found, ENGINE)
 
 
 def record_steps(trainer: Trainer, run: Config) -> list[TrainingStep]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast.config import UNetConfig
+from ddpm_fast.constants import Stream
 from ddpm_fast.engine.flat_weights import FlatWeights
 from ddpm_fast.model.unet import TimeEmbedding, UNet
 from ddpm_fast.ops import cpu_group_norm, reference
@@ -85,6 +86,24 @@ def the_same_places_in_every_example(monkeypatch):
         return words(address._replace(sample_index=address.sample_index * 0 + address.sample_index[0]), *rest)
 
     monkeypatch.setattr(reference, "random_words_below", of_one)
+
+
+def dropout_where_the_noise_is(monkeypatch):
+    words = reference.random_words_below
+    monkeypatch.setattr(
+        reference,
+        "random_words_below",
+        lambda address, step, stream, *rest: words(address, step, Stream.TRAINING, *rest),
+    )
+
+
+def dropout_of_the_first_64_examples(monkeypatch):
+    words = reference.random_words_below
+    monkeypatch.setattr(
+        reference,
+        "random_words_below",
+        lambda address, *rest: words(address._replace(sample_index=address.sample_index % 64), *rest),
+    )
 
 
 def no_dropout(monkeypatch):

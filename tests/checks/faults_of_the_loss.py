@@ -145,6 +145,10 @@ def the_first_batch_again_and_again(monkeypatch):
     monkeypatch.setattr(Trainer, "load_batch", first)
 
 
+def every_other_step_is_left_out(monkeypatch):
+    change_source(monkeypatch, Trainer, "train_step_no_sync", "self.step += 1", "self.step += 2")
+
+
 def half_of_the_batch(monkeypatch):
     losses = Trainer._losses_of_batch
     monkeypatch.setattr(
@@ -159,6 +163,10 @@ def change_part(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int],
         "_loss_of_batch",
         lambda self, *part: change(self._losses_of_batch(*part), self.config.training.batch_size),
     )
+
+
+def two_parts_at_most(monkeypatch):
+    change_source(monkeypatch, Trainer, "backward", "split(part)", "split(part)[:2]")
 
 
 def loss_of_half_the_batch(monkeypatch):

@@ -150,6 +150,16 @@ def clipped_by_value(monkeypatch):
     change_update(monkeypatch, clip)
 
 
+def average_that_begins_at_zero(monkeypatch):
+    build = FlatWeights.__init__
+
+    def from_zero(self, *given):
+        build(self, *given)
+        self.ema.zero_()
+
+    monkeypatch.setattr(FlatWeights, "__init__", from_zero)
+
+
 def average_never_moves(monkeypatch):
     monkeypatch.setattr(reference, "ema_decay_at", lambda step, decay: torch.tensor(1.0))
 

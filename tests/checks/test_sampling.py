@@ -93,6 +93,18 @@ def new_weights_with_the_old_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling.SamplingLoop, "load_weights", load)
 
 
+@fault("sampler", LOOP)
+def height_and_width_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = sampling.Buffers.__init__
+
+    def turned(self, *given):
+        build(self, *given)
+        self.x = self.x.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+        self.x0 = None if self.x0 is None else torch.zeros_like(self.x)
+
+    monkeypatch.setattr(sampling.Buffers, "__init__", turned)
+
+
 def around_each_step(monkeypatch: pytest.MonkeyPatch, before: Callable[[Any], Any]) -> None:
     step = sampling.SamplingLoop.take_step
 

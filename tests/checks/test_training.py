@@ -22,6 +22,7 @@ from tests.checks.faults_of_the_loss import (
     betas_of_another_schedule,
     channels_exchanged,
     every_image_flipped,
+    every_other_step_is_left_out,
     flips_though_told_not_to,
     gamma_is_ignored,
     half_of_the_batch,
@@ -43,6 +44,7 @@ from tests.checks.faults_of_the_loss import (
     the_loss_gets_another_prediction,
     the_network_gets_another_t,
     the_prediction_is_clamped_in_the_loss,
+    two_parts_at_most,
     upside_down,
     v_with_the_wrong_sign,
     weight_of_eps_for_v,
@@ -53,6 +55,7 @@ from tests.checks.faults_of_the_update import (
     average_never_moves,
     average_of_all_but_one,
     average_of_the_weights_before,
+    average_that_begins_at_zero,
     betas_exchanged,
     clipped_at_ten_times,
     clipped_by_parameter,
@@ -156,6 +159,8 @@ FAULTS: list[tuple[Plant, Config, str, str]] = [
     (half_of_the_timesteps, CONFIG, "timesteps", TRAINER),
     (the_first_batch_again_and_again, CONFIG, "order", TRAINER),
     (half_of_the_batch, CONFIG, "order", TRAINER),
+    (two_parts_at_most, V, "order", TRAINER),
+    (every_other_step_is_left_out, CONFIG, "order", TRAINER),
     (loss_of_half_the_batch, CONFIG, "loss", TRAINER),
     (parts_are_summed, V, "loss", TRAINER),
     (largest_loss_alone, CONFIG, "loss", TRAINER),
@@ -188,6 +193,7 @@ FAULTS: list[tuple[Plant, Config, str, str]] = [
     (clipped_though_short, CONFIG, "clipping", REFERENCE),
     (clipped_by_parameter, CONFIG, "clipping", REFERENCE),
     (clipped_by_value, CONFIG, "clipping", REFERENCE),
+    (average_that_begins_at_zero, CONFIG, "ema", "engine/flat_weights.py"),
     (average_never_moves, CONFIG, "ema", REFERENCE),
     (decay_wrong_late, CONFIG, "ema", REFERENCE),
     (decay_without_warm_up, CONFIG, "ema", REFERENCE),
@@ -198,6 +204,7 @@ FAULTS: list[tuple[Plant, Config, str, str]] = [
 
 ALSO = {
     "noise_of_q_sample_flipped": "target",  # the loss makes another eps
+    "two_parts_at_most": "loss",
     "half_of_the_batch": "loss",  # its mean is another
     "the_prediction_is_clamped_in_the_loss": "loss",  # which is CHANGED: another function of the error
     "one_parameter_never_updated": "ema",  # which has seen it move
