@@ -16,7 +16,7 @@ from ddpm_fast.constants import Stream, drop_threshold
 from ddpm_fast.diffusion.noise import NoiseAddress, random_words_below
 
 SCALE_BOUND = 1e-3
-NORM, BLOCKS = "ddpm_fast/ops/reference.py", "ddpm_fast/model/blocks.py"
+NORM, BLOCKS, TRAINER = (f"ddpm_fast/{name}.py" for name in ("ops/reference", "model/blocks", "engine/trainer"))
 
 Masks = dict[tuple[int, str], Tensor]
 """By the step's number and the layer: as `dropped` returns them, of the whole batch."""
@@ -83,7 +83,7 @@ def check_dropout(steps: list[TrainingStep], fused: bool) -> Iterator[CheckResul
         return
     found = "so" if alike else next((words for step in steps if (words := _elsewhere(step, p))), "so")
     name, expected = "dropout drops by its seed, example, layer and pixel", "the places of these addresses"
-    yield CheckResult("dropout", name, judged(found == "so"), expected, found, file)
+    yield CheckResult("dropout", name, judged(found == "so"), expected, found, f"{file} or {TRAINER}")
     name, found = "dropout drops other places in every layer, example and step", alike or "all differ"
     yield CheckResult("dropout", name, judged(not alike), "no two masks alike", found, file)
     scales = [scale for found in calls.values() for call in found if (scale := scale_of(call)) is not None]

@@ -120,7 +120,7 @@ def _likeness(orders: Tensor, *other_seeds: Tensor) -> str:
     data = torch.arange(count)
     pairs = {f"epochs {epoch} and {epoch + 1}": (orders[epoch], orders[epoch + 1]) for epoch in range(len(orders) - 1)}
     pairs |= {
-        f"two seeds, {more} apart,": (orders[0], other[0]) for more, other in zip(OTHER_SEEDS, other_seeds, strict=True)
+        f"two seeds {more} apart": (orders[0], other[0]) for more, other in zip(OTHER_SEEDS, other_seeds, strict=True)
     }
     pairs["an epoch and the data"] = (data, orders[0])
     for which, (a, b) in pairs.items():

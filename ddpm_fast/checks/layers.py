@@ -17,9 +17,11 @@ from ddpm_fast.checks.followed import textbook_unet
 from ddpm_fast.checks.recording import distance
 from ddpm_fast.checks.results import CheckResult, Verdict, judged
 from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.model.blocks import FEWEST_PIXELS, Upsample
 
 FLOAT32 = torch.finfo(torch.float32).eps
 NORM_BOUND = 64 * FLOAT32
+BLOCKS = "ddpm_fast/model/blocks.py"
 
 
 class Norm(NamedTuple):
@@ -89,6 +91,29 @@ def _with_gradients(norm: Callable[[Norm, int], Tensor], inputs: Norm, groups: i
     weights = torch.cos(torch.arange(y.numel(), device=y.device, dtype=torch.float64)).view_as(y).to(y.dtype)
     # Not as `grad_outputs`: to look at these PyTorch imports SymPy first, for half a second.
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), list(inputs))]
+
+
+def check_upsampling(trainer: Trainer) -> CheckResult:
+    """Compare upsampling of a batch so large that it takes another way, and its gradient, with PyTorch's in float64."""
+    generator, channels, size = torch.Generator().manual_seed(3), 4, 16
+    upsample = Upsample(channels, trainer.unet.forms.transposed_upsampling).to(trainer.device)
+    for parameter in upsample.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(2 * FEWEST_PIXELS // size**2, channels, size, size, generator=generator).to(trainer.device)
+    given = [x.contiguous(memory_format=torch.channels_last).requires_grad_(), *upsample.parameters()]
+    exact = [value.detach().double().requires_grad_() for value in given]
+    y, book = upsample(given[0]), F.conv2d(F.interpolate(exact[0], scale_factor=2), *exact[1:], padding=1)
+    weights = torch.cos(torch.arange(y.numel(), device=y.device, dtype=torch.float64)).view_as(y)
+    (y * weights.to(y.dtype)).sum().backward()
+    (book * weights).sum().backward()
+    stage, verdict, name, off = "network", Verdict.CHANGED, "upsampling of a large batch", distance(y, book)
+    bound = NORM_BOUND
+    if off <= bound:
+        stage, verdict, name, bound = "gradient", Verdict.WRONG, f"the gradient of {name}", 8 * NORM_BOUND
+        pairs = [(torch.zeros_like(a) if a.grad is None else a.grad, b.grad) for a, b in zip(given, exact, strict=True)]
+        off = max(distance(found, wanted) for found, wanted in pairs if wanted is not None)
+    expected = f"equal to float32's rounding, {bound:.0e}"
+    return CheckResult(stage, name, judged(off <= bound, verdict), expected, f"{off:.0e} off", BLOCKS)
 
 
 class _Seen(Exception):  # noqa: N818

@@ -12,7 +12,7 @@ from ddpm_fast.checks.batch import check_batch, check_x_t, what_q_sample_makes
 from ddpm_fast.checks.dropout import check_dropout
 from ddpm_fast.checks.fitting import check_fit
 from ddpm_fast.checks.followed import watched_modules
-from ddpm_fast.checks.layers import check_group_norm, check_time_shifts
+from ddpm_fast.checks.layers import check_group_norm, check_time_shifts, check_upsampling
 from ddpm_fast.checks.loss import check_loss
 from ddpm_fast.checks.network import check_network
 from ddpm_fast.checks.recording import State, TrainingStep, copy_of_state, put_back, record_step
@@ -54,6 +54,7 @@ def _check_every_stage(trainer: Trainer, run: Config) -> Iterator[CheckResult]:
     yield from check_table(trainer)
     yield check_x_t(trainer, steps, made)
     yield from check_group_norm(trainer)
+    yield check_upsampling(trainer)
     yield from check_dropout(steps, trainer.unet.ops.fused)
     yield from check_time_shifts(trainer)
     yield from check_network(trainer, steps[1], run.unet)

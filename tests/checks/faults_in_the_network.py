@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ddpm_fast.config import UNetConfig
 from ddpm_fast.constants import Stream
 from ddpm_fast.engine.flat_weights import FlatWeights
+from ddpm_fast.model import blocks
 from ddpm_fast.model.unet import TimeEmbedding, UNet
 from ddpm_fast.ops import cpu_group_norm, reference
 
@@ -147,6 +148,12 @@ def gradient_of_narrow_norms_is_off(monkeypatch):
             return 0.9 * dx, *rest
 
     monkeypatch.setattr(cpu_group_norm, "_NarrowGroupNorm", Wrong)
+
+
+def weights_of_upsampling_learn_nothing_in_large_batches(monkeypatch):
+    """What a small batch never runs."""
+    add_up = blocks.added_up
+    monkeypatch.setattr(blocks, "added_up", lambda weight: add_up(weight.detach()))
 
 
 def half_of_the_loss_is_not_differentiated(monkeypatch):

@@ -12,6 +12,7 @@ from ddpm_fast.checks.results import CheckResult, Verdict
 from ddpm_fast.checks.stand_in import affordable, flop_of, small_trainer
 from ddpm_fast.checks.training import check_training
 from ddpm_fast.config import Config, TrainingConfig, UNetConfig
+from ddpm_fast.model import blocks
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.presets import PRESETS
 from tests.checks.faults_in_the_network import (
@@ -32,6 +33,7 @@ from tests.checks.faults_in_the_network import (
     only_the_last_part_counts,
     the_same_places_in_every_example,
     the_same_places_in_every_layer,
+    weights_of_upsampling_learn_nothing_in_large_batches,
 )
 from tests.checks.other_networks import (
     a_residual_around_the_network,
@@ -107,6 +109,7 @@ FAULTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
     (no_dropout, "dropout", BLOCKS),
     (dropout_not_scaled, "dropout", REFERENCE),
     (gradient_of_narrow_norms_is_off, "gradient", "cpu_group_norm.py"),
+    (weights_of_upsampling_learn_nothing_in_large_batches, "gradient", BLOCKS),
     (half_of_the_loss_is_not_differentiated, "gradient", UNET),
     (gradient_left_from_the_step_before, "gradient", FLAT),
     (only_the_last_part_counts, "gradient", FLAT),
@@ -179,6 +182,13 @@ def test_a_frozen_layer_is_named(monkeypatch):
     (found,) = unusual()
     assert (found.stage, found.verdict) == ("gradient", Verdict.CHANGED)
     assert "conv_in.weight and 1 more" in found.found
+
+
+def test_upsampling_of_large_batches_by_another_weight_is_told(monkeypatch):
+    add_up = blocks.added_up
+    monkeypatch.setattr(blocks, "added_up", lambda weight: add_up(weight.flip(2)))
+    (found,) = unusual()
+    assert (found.stage, found.verdict, found.file) == ("network", Verdict.CHANGED, BLOCKS)
 
 
 def test_a_network_that_takes_too_long_is_reduced_and_stays_of_its_kind():

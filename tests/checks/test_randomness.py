@@ -158,18 +158,6 @@ def examples_16_bits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@fault("noise", NOISE)
-def seeds_low_16_bits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = noise.key_from_seed
-    monkeypatch.setattr(noise, "key_from_seed", lambda seed, *rest: key(seed & 0xFFFF, *rest))
-
-
-@fault("noise", NOISE)
-def noise_again_after_256_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_address(monkeypatch, lambda a, step, stream: (a, step % 256, stream))
-    monkeypatch.setattr(noise, "normal", reference.normal)
-
-
 @fault("noise", OPS)
 def other_noise_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = reference.noise_mse
