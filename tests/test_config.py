@@ -38,6 +38,8 @@ BAD = [
     (TrainingConfig, "log_every", 0, "at least 1"),
     (TrainingConfig, "save_every", 0, "at least 1"),
     (TrainingConfig, "sample_every", -1, "not be negative"),
+    (TrainingConfig, "evaluate_every", -1, "not be negative"),
+    (TrainingConfig, "evaluate_count", 1, "at least 2 samples"),
     (TrainingConfig, "warmup_steps", -1, "not be negative"),
     (TrainingConfig, "cooldown", -0.1, "[0, 1]"),
     (TrainingConfig, "cooldown", 1.1, "[0, 1]"),
@@ -94,7 +96,7 @@ def test_every_field_survives_a_round_trip_when_it_is_not_the_default():
         DiffusionConfig(77, "sigmoid", 0.001, 0.03, "v", "small", False),
         config.DataConfig("pictures", "0..1", True, True, 0.25),
         TrainingConfig(
-            7, 12, 3, 1e-3, 5, 0.2, 0.99, 0.5, 0.9, 5.0, 2**64 - 1, "cpu", "bf16", False, False, False, 3, 4, 5
+            7, 12, 3, 1e-3, 5, 0.2, 0.99, 0.5, 0.9, 5.0, 2**64 - 1, "cpu", "bf16", False, False, False, 3, 4, 5, 6, 7
         ),
         config.CheckConfig(("ema", "sampler"), True),
     )

@@ -4,6 +4,7 @@ runs/NAME/
   config.json       the resolved configuration, versions, data fingerprint, and what was decided of threads and device
   metrics.jsonl     one line per logging interval
   evaluation/       what the network was off at each address, see `evaluation`
+  quality/          see `scores`
   samples/          normalized and raw grids
   checkpoints/      see `checkpoint`
   origin/           the code and the command that made it, see `origin`
