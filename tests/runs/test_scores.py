@@ -10,6 +10,7 @@ import pytest
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig, with_training
 from ddpm_fast.data.batches import split
 from ddpm_fast.data.dataset import open_dataset
+from ddpm_fast.data.digits import read_digits
 from ddpm_fast.errors import InputError
 from ddpm_fast.quality import classifier
 from ddpm_fast.runs.compare import open_run
@@ -90,6 +91,7 @@ def test_what_is_held_out_is_not_among_the_images_that_samples_are_judged_by():
     assert evaluator.held_out is not None
     np.testing.assert_array_equal(evaluator.images, DATA.images[trained.numpy()])
     np.testing.assert_array_equal(evaluator.held_out, DATA.images[held_out.numpy()])
+    np.testing.assert_array_equal(evaluator._classes, read_digits()[1][trained.numpy()])
 
 
 def test_bad_labels_are_refused_before_the_first_step(tmp_path):
