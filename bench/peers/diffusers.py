@@ -52,7 +52,8 @@ def unet(config: UNetConfig) -> nn.Module:
     )
 
 
-def _scheduler(config: Config) -> Any:
+def noise_scheduler(config: Config) -> Any:
+    """Build DDPMScheduler with the configuration's forward process, prediction and variance."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     diffusion = config.diffusion
@@ -63,6 +64,7 @@ def _scheduler(config: Config) -> Any:
         "beta_schedule": {"cosine": "squaredcos_cap_v2"}.get(diffusion.schedule, diffusion.schedule),
         "variance_type": f"fixed_{diffusion.variance}",
         "clip_sample": diffusion.clip,
+        "prediction_type": {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[diffusion.prediction],
     }
     return DDPMScheduler(**settings)
 
@@ -82,7 +84,7 @@ def train_step(config: Config, n: int, device: torch.device, tuning: Tuning) -> 
     from diffusers.training_utils import EMAModel
 
     model = _prepared(config.unet, device, tuning).train()
-    scheduler = _scheduler(config)
+    scheduler = noise_scheduler(config)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8, fused=tuning.fused or None
     )
@@ -115,7 +117,7 @@ def pipeline(config: Config, n: int, steps: int, device: torch.device, tuning: T
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
     model: Any = _prepared(config.unet, device, tuning).eval()
-    ddpm = DDPMPipeline(unet=model, scheduler=_scheduler(config))
+    ddpm = DDPMPipeline(unet=model, scheduler=noise_scheduler(config))
     ddpm.set_progress_bar_config(disable=True)
     return lambda: ddpm(batch_size=n, num_inference_steps=steps, output_type="np")
 
@@ -126,7 +128,7 @@ def tuned_loop(config: Config, n: int, steps: int, device: torch.device, tuning:
     model = _prepared(config.unet, device, tuning).eval()
     if tuning.half:
         model = model.to(dtype)
-    scheduler = _scheduler(config)
+    scheduler = noise_scheduler(config)
     scheduler.set_timesteps(steps)
     numbers = scheduler.timesteps.tolist()
     on_device = scheduler.timesteps.to(device)[:, None].expand(-1, n).contiguous()
