@@ -247,6 +247,12 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checks: CheckConfig = field(default_factory=CheckConfig)
+    sampling: SamplerConfig = field(default_factory=SamplerConfig)
+    """What makes images unless a sampler is asked for; training does not depend on it."""
+
+
+NO_FLAGS = "sampling"
+"""The part of a configuration whose fields no flag of train sets: they are a preset's."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -278,13 +284,14 @@ def with_training(config: Config, **changes: Any) -> Config:
 
 
 def changed_flags(base: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the fields in which two configurations differ, by name, with both values."""
-    before, now = _flat(to_dict(base)), _flat(to_dict(other))
+    """Return the fields that are flags in which two configurations differ, by name, with both values."""
+    before, now = (_flat(to_dict(config)) for config in (base, other))
     return {name: (before[name], now[name]) for name in now if before[name] != now[name]}
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in values.items():
-        fields |= value if isinstance(value, dict) else {name: value}
+        if name != NO_FLAGS:
+            fields |= value if isinstance(value, dict) else {name: value}
     return fields

@@ -3,10 +3,10 @@
 Imports nothing heavy, so that `ddpm-fast --help` answers at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ddpm_fast.config import Precision, SamplerConfig
+from ddpm_fast.config import Config, Precision, SamplerConfig, SamplerName, Spacing
 from ddpm_fast.errors import flag, require, require_seed, require_types
 
 
@@ -17,8 +17,7 @@ class StartOptions:
     out: str = ""
     """Run directory, which must not exist or be empty; default runs/PRESET-N with the next free N."""
     resume: bool = False
-    """Continue from the newest whole checkpoint of --out, with more --steps from before its cooldown; flags left out
-    come from its config.json."""
+    """Continue --out from its newest checkpoint, for more --steps before the cooldown; config.json has other flags."""
     against: str = ""
     """A run to judge this one by, evaluation by evaluation; flags left out come from its config.json."""
     until_decided: bool = False
@@ -30,9 +29,17 @@ class StartOptions:
 
 
 @dataclass(frozen=True)
-class SamplingOptions(SamplerConfig):
+class SamplingOptions:
     """Which images to make, by number, and how: image 17 of a seed is the same whatever else is asked for."""
 
+    sampler: Literal["auto", SamplerName] = "auto"
+    """auto is the run's own, ddpm the paper's; ddim (Song et al. 2021) and dpm++ (DPM-Solver++ 2M) need few steps."""
+    steps: int = 0
+    """Sampling steps K, 1 to T; 0 is those of the run's own sampler, or all T of one that is named."""
+    eta: float = SamplerConfig.eta
+    """DDIM's share of fresh noise: 0 is deterministic, 1 as noisy as DDPM. Needs --sampler."""
+    spacing: Spacing = SamplerConfig.spacing
+    """Which timesteps a shorter sampler visits: trailing always starts from pure noise. Needs --sampler."""
     count: int = 64
     """How many images."""
     seed: int = 0
@@ -43,13 +50,24 @@ class SamplingOptions(SamplerConfig):
     """Largest number of images made at once."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        require_types(self)
+        for name in ("eta", "spacing"):
+            value, named = getattr(self, name), self.sampler != "auto"
+            is_default = value == getattr(SamplerConfig, name)
+            require(named or is_default, f"{flag(name)} is {value}: name the --sampler that it is for")
         for name, least, most in (("count", 1, 2**32), ("batch_size", 1, 2**20), ("first_index", 0, 2**32 - 1)):
             value = getattr(self, name)
             require(least <= value <= most, f"{flag(name)} is {value}: it must lie in {least}..{most}")
         last = self.first_index + self.count - 1
         require(last < 2**32, f"--first-index and --count ask for image {last}: the last of a seed is 2**32 - 1")
         require_seed(self.seed)
+
+    def sampler_for(self, config: Config) -> SamplerConfig:
+        """Return the sampler that is meant for a run, with its number of steps."""
+        own, total = config.sampling, config.diffusion.timesteps
+        if self.sampler == "auto":
+            return replace(own, steps=self.steps or min(own.steps or total, total))
+        return SamplerConfig(self.sampler, self.steps or total, self.eta, self.spacing)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
+from ddpm_fast.config import NO_FLAGS, Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
 from ddpm_fast.errors import InputError, nearest, require_known
 
 _PAPER_256 = UNetConfig(height=256, width=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
@@ -71,7 +71,7 @@ def with_flags(config: Config, flags: Mapping[str, Any]) -> Config:
     Raises:
         InputError: a name is unknown (the nearest is suggested), or a value is refused.
     """
-    parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "preset"}
+    parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("preset", NO_FLAGS)}
     known = [f.name for part in parts.values() for f in dataclasses.fields(part)]
     require_known("keyword", flags, known)
     for owner, part in parts.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import re
 import subprocess
 import sys
@@ -18,7 +19,15 @@ from PIL import Image
 pytest.importorskip("tyro")
 import ddpm_fast
 from ddpm_fast.cli import main as cli
-from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
+from ddpm_fast.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    SamplerConfig,
+    TrainingConfig,
+    UNetConfig,
+    with_training,
+)
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.presets import PRESETS
@@ -155,6 +164,34 @@ def test_the_loop_is_kept_for_a_sampler_and_follows_the_weights(trained):
     assert (first - changed).abs().max() > 0.01
     model.sample(2, steps=4, progress=False)
     assert model.loop is not loop
+
+
+QUICK = replace(TINY, sampling=SamplerConfig("dpm++", 5))
+
+
+def test_a_sampler_that_is_left_out_is_the_runs_own(tmp_path, capsys):
+    model = ddpm_fast.load(untrained(tmp_path / "run", QUICK))
+    for asked, meant in ((0, 5), (3, 3)):
+        own = model.sample(2, return_tensor=True, progress=False, steps=asked)
+        assert torch.equal(own, model.sample(2, return_tensor=True, progress=False, sampler="dpm++", steps=meant))
+    own = model.sample(2, return_tensor=True, progress=False, sampler="ddim")
+    assert torch.equal(own, model.sample(2, return_tensor=True, progress=False, sampler="ddim", steps=60))
+    for arguments, name in (([], "dpm++-5"), (["--steps", "3"], "dpm++-3"), (["--sampler", "ddpm"], "ddpm-60")):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["sample", str(tmp_path / "run"), "-n", "1", *arguments])
+        facts = json.loads((tmp_path / f"run/samples/{name}-seed0/samples.json").read_text())
+        assert f"{facts['sampler']}-{facts['steps']}" == name
+
+
+def test_a_presets_sampler_goes_into_the_run_whatever_flags_are_given(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "digits", QUICK)
+    assert cli.parse_train(["--steps", "2"]).config == with_training(QUICK, steps=2)
+    made = ddpm_fast.train(steps=2, progress=False)
+    assert json.loads((made.directory / "config.json").read_text())["config"]["sampling"]["sampler"] == "dpm++"
+    assert made.load().config.sampling == QUICK.sampling
+    monkeypatch.setitem(PRESETS, "digits", TINY)  # a later version's
+    continued = ddpm_fast.train(out=made.directory, resume=True, steps=3, progress=False)
+    assert continued.load().config == with_training(QUICK, steps=3)
 
 
 def wrong(run: Path, method: str, *arguments: typing.Any, **keywords: typing.Any) -> None:

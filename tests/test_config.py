@@ -99,6 +99,7 @@ def test_every_field_survives_a_round_trip_when_it_is_not_the_default():
             7, 12, 3, 1e-3, 5, 0.2, 0.99, 0.5, 0.9, 5.0, 2**64 - 1, "cpu", "bf16", False, False, False, 3, 4, 5, 6, 7
         ),
         config.CheckConfig(("ema", "sampler"), True),
+        SamplerConfig("dpm++", 20, 0.5, "leading"),
     )
     default = Config()
     for part in dataclasses.fields(Config)[1:]:
@@ -116,6 +117,43 @@ def test_unknown_key_is_refused_and_the_nearest_suggested(part, key, suggestion)
         config.from_dict(values)
     with pytest.raises(InputError, match=r"unknown configuration key 'trainin'. Did you mean 'training'"):
         config.from_dict({"trainin": {}})
+
+
+def test_a_configuration_of_before_samplers_were_part_of_it_has_the_papers():
+    values = config.to_dict(Config(sampling=SamplerConfig("ddim", 50)))
+    assert config.from_dict(values).sampling == SamplerConfig("ddim", 50)
+    del values["sampling"]
+    assert config.from_dict(values) == Config()
+
+
+def test_the_sampler_is_no_flag():
+    """Its steps are not training's: no keyword, no difference between two runs."""
+    quick = Config(sampling=SamplerConfig("dpm++", 20))
+    assert presets.with_flags(quick, {"steps": 7}).sampling.steps == 20
+    assert presets.with_flags(quick, {"steps": 7}).training.steps == 7
+    with pytest.raises(InputError, match="unknown keyword 'sampler'"):
+        presets.with_flags(quick, {"sampler": "ddim"})
+    assert config.changed_flags(Config(), quick) == {}
+    assert config.changed_flags(quick, config.with_training(quick, steps=7)) == {"steps": (800_000, 7)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({}, SamplerConfig("dpm++", 20, spacing="linspace")),
+        ({"steps": 9}, SamplerConfig("dpm++", 9, spacing="linspace")),
+        ({"sampler": "dpm++"}, SamplerConfig("dpm++", 100)),
+        ({"sampler": "ddpm"}, SamplerConfig("ddpm", 100)),
+        ({"sampler": "ddim", "steps": 9, "eta": 0.5}, SamplerConfig("ddim", 9, 0.5)),
+    ],
+)
+def test_a_sampler_that_is_left_out_is_the_runs_own(asked, meant):
+    own = Config(diffusion=DiffusionConfig(100), sampling=SamplerConfig("dpm++", 20, spacing="linspace"))
+    assert SamplingOptions(**asked).sampler_for(own) == meant
+    without = Config(diffusion=DiffusionConfig(100))
+    assert SamplingOptions().sampler_for(without) == SamplerConfig("ddpm", 100)
+    few = dataclasses.replace(own, diffusion=DiffusionConfig(10))
+    assert SamplingOptions().sampler_for(few).steps == 10
 
 
 def test_a_part_that_is_no_object_is_refused():

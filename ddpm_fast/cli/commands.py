@@ -12,7 +12,7 @@ from ddpm_fast.api import train_config
 from ddpm_fast.checks.results import report
 from ddpm_fast.checks.suite import check_run, report_kernels
 from ddpm_fast.cli.arguments import SampleArguments
-from ddpm_fast.config import CheckConfig, Config, with_training
+from ddpm_fast.config import CheckConfig, Config, SamplerConfig, with_training
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.engine.threads import choose_threads
 from ddpm_fast.files import replace_file, require_writable
@@ -58,13 +58,14 @@ def sample(arguments: SampleArguments) -> int:
     model = Model(Path(arguments.run), arguments)
     if model.device.type == "cpu":
         choose_threads()
-    steps = arguments.steps or model.config.diffusion.timesteps
-    directory = Path(arguments.out or _default_out(model.path, f"{arguments.sampler}-{steps}-seed{arguments.seed}"))
+    sampler = arguments.sampler_for(model.config)
+    name = f"{sampler.sampler}-{sampler.steps}-seed{arguments.seed}"
+    directory = Path(arguments.out or _default_out(model.path, name))
     require_writable(directory)
     _say_if_code_changed(model.path)
-    frames = Frames(steps)
+    frames = Frames(sampler.steps)
     samples = model.draw(arguments, _progress(), frames.keep if arguments.animate else None)
-    facts = _facts(arguments, model, steps, round(time.perf_counter() - started, 3))
+    facts = _facts(arguments, sampler, model, round(time.perf_counter() - started, 3))
     try:
         _write(directory, arguments.first_index, samples, frames.kept, facts)
     except InterruptedRunError as interrupted:
@@ -97,15 +98,13 @@ def _default_out(path: Path, name: str) -> Path:
     return checkpoint.run_of(path) / "samples" / name
 
 
-def _facts(arguments: SampleArguments, model: Model, steps: int, seconds: float) -> dict[str, Any]:
+def _facts(arguments: SampleArguments, sampler: SamplerConfig, model: Model, seconds: float) -> dict[str, Any]:
     """Return what samples.json says."""
     loop = model.loop
     assert loop is not None
-    asked = {k: v for k, v in asdict(arguments).items() if k in ("seed", "first_index", "count", "sampler", "eta")}
     return {
-        **asked,
-        "steps": steps,
-        "spacing": arguments.spacing,
+        **{name: getattr(arguments, name) for name in ("seed", "first_index", "count")},
+        **asdict(sampler),
         "weights": arguments.weights,
         "checkpoint": str(model.path),
         "checkpoint_step": model.step,

@@ -22,8 +22,9 @@ def evaluate(arguments: EvaluateArguments) -> int:
     model = Model(Path(arguments.run), arguments)
     if model.device.type == "cpu":
         choose_threads()
-    steps = arguments.steps or model.config.diffusion.timesteps
-    file = checkpoint.run_of(model.path) / "quality" / f"step-{model.step:07d}-{arguments.sampler}-{steps}.json"
+    sampler = arguments.sampler_for(model.config)
+    name = f"step-{model.step:07d}-{sampler.sampler}-{sampler.steps}.json"
+    file = checkpoint.run_of(model.path) / "quality" / name
     require_writable(file.parent)
     evaluator = evaluator_of(model.config, _real_images(arguments, model, progress), progress)
     scores = evaluator.score(to_uint8(model.draw(arguments, progress)))
@@ -31,7 +32,13 @@ def evaluate(arguments: EvaluateArguments) -> int:
     if evaluator.missing:
         print(evaluator.missing)
     asked = {name: value for name, value in dataclasses.asdict(arguments).items() if name not in ("run", "data")}
-    facts = {"checkpoint": str(model.path), "step": model.step, **asked, "steps": steps, "scores": scores}
+    facts = {
+        "checkpoint": str(model.path),
+        "step": model.step,
+        **asked,
+        **dataclasses.asdict(sampler),
+        "scores": scores,
+    }
     replace_file(file, checkpoint.to_json(facts))
     print(f"kept in {file}")
     return 0

@@ -24,7 +24,7 @@ from ddpm_fast.cli.arguments import (
     SweepArguments,
     TrainArguments,
 )
-from ddpm_fast.cli.parsing import own_flags, parse, value_of
+from ddpm_fast.cli.parsing import BY_FLAGS, own_flags, parse, value_of
 from ddpm_fast.cli.waiting import wait_politely
 from ddpm_fast.errors import InputError, MathematicsError, nearest
 from ddpm_fast.options import StartOptions
@@ -122,6 +122,7 @@ def completion(shell: str) -> str:
             prog="ddpm-fast",
             args=["--tyro-write-completion", shell, "-"],
             config=(tyro.conf.OmitArgPrefixes,),
+            registry=BY_FLAGS,
         )
     return script.getvalue() + (BASH_PATHS if shell == "bash" else "")
 

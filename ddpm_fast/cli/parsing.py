@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from ddpm_fast.config import NO_FLAGS, SamplerConfig
 from ddpm_fast.errors import InputError, flag, nearest
 
 T = TypeVar("T")
@@ -29,11 +30,20 @@ REWORDED = [
 """tyro's sentences in the words of our own, see `errors.require_types`."""
 
 
+BY_FLAGS = tyro.constructors.ConstructorRegistry()
+
+
+@BY_FLAGS.struct_rule
+def _keep_the_presets_sampler(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    """Have no flags for a configuration's sampler, whose --steps would be another thing than training's."""
+    return tyro.constructors.StructConstructorSpec(lambda: info.default, ()) if info.type is SamplerConfig else None
+
+
 def flags_of(cls: Any) -> list[str]:
     """Return every flag name of a dataclass, nested parts flattened."""
     flags: list[str] = []
     for f in dataclasses.fields(cls):
-        if f.name in ("run", "runs"):  # what is named without a flag
+        if f.name in ("run", "runs", NO_FLAGS):  # what is named without a flag, or not at all
             continue
         value = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
         flags += flags_of(type(value)) if dataclasses.is_dataclass(value) else [flag(f.name)]
@@ -70,7 +80,9 @@ def parse(cls: type[T], arguments: Sequence[str], default: T | None = None, comm
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(cls, args=list(arguments), prog=f"ddpm-fast {command}", config=flat, **options)
+            return tyro.cli(
+                cls, args=list(arguments), prog=f"ddpm-fast {command}", config=flat, registry=BY_FLAGS, **options
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

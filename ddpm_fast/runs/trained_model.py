@@ -41,7 +41,7 @@ class LoadKeywords(TypedDict, total=False):
 class SamplingKeywords(TypedDict, total=False):
     """The fields of `SamplingOptions` but its count, whose defaults hold."""
 
-    sampler: SamplerName
+    sampler: Literal["auto", SamplerName]
     steps: int
     eta: float
     spacing: Spacing
@@ -127,10 +127,11 @@ class Model:
             progress: show a bar.
             keywords:
                 seed: 0 to 2**64 - 1, default 0.
-                sampler: "ddpm", the paper's and the default; "ddim" or "dpm++" need far fewer steps.
-                steps: 1 to T; the default, 0, is all T.
-                eta: DDIM's share of fresh noise, 0 (the default) to 1.
-                spacing: which timesteps a shorter sampler visits, "trailing" (the default), "leading" or "linspace".
+                sampler: "auto", the run's own and the default; "ddpm", the paper's; "ddim" or "dpm++" need far fewer
+                    steps.
+                steps: 1 to T; the default, 0, is those of the run's own sampler, or all T of one that is named.
+                eta: DDIM's share of fresh noise, 0 (the default) to 1; for a sampler that is named.
+                spacing: which timesteps such a sampler visits, "trailing" (the default), "leading" or "linspace".
                 first_index: number of the first image, default 0.
                 batch_size: largest number of images made at once, default 64.
 
@@ -161,7 +162,7 @@ class Model:
 
     def _loop_for(self, wanted: SamplingOptions) -> SamplingLoop:
         """Return the last loop where it fits, with the U-Net's weights of now, else a new one."""
-        sampler = SamplerConfig(wanted.sampler, wanted.steps, wanted.eta, wanted.spacing)
+        sampler = wanted.sampler_for(self.config)
         table = sampler_table(self.config.diffusion, sampler)
         flop = float(self.unet.estimate_flop()) * len(table.rows) * wanted.count
         execution = choose_execution(self.options.compile, self.options.capture, self.device, flop)

@@ -83,7 +83,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sample x --count 0", "--count is 0"),
         ("sample x --sampler dpm+", "Did you mean 'dpm++'?"),
         ("sample", "RUN_OR_CHECKPOINT is missing: name a run directory or one of its checkpoints/step-*. See"),
-        ("sample x --eta 2 --first-index -1", "--first-index is -1"),
+        ("sample x --sampler ddim --eta 2 --first-index -1", "--first-index is -1"),
+        ("sample x --eta 1.0", "--eta is 1.0: name the --sampler that it is for"),
+        ("sample x --spacing leading", "--spacing is leading: name the --sampler"),
+        ("train --sampler ddim", "unknown flag --sampler"),
         ("check nowhere", "nowhere does not exist"),
         (
             "check runs/digits-1 --device cpu --learning_rate=3",
@@ -91,7 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "sample nowhere --sampler ddmi",
-            "one of 'ddpm', 'ddim', 'dpm++'. Did you mean 'ddim'?",
+            "one of 'auto', 'ddpm', 'ddim', 'dpm++'. Did you mean 'ddim'?",
         ),
         ("--completion", "--completion needs the name of a shell: bash, zsh, fish."),
         ("--completion bsh", "Did you mean 'bash'?"),

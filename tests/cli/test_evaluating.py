@@ -46,6 +46,9 @@ def test_scores_are_a_table_and_a_file(run, capsys, monkeypatch):
     before = (run / "quality/step-0000002-ddim-3.json").read_bytes()
     assert cli.run(["evaluate", str(run / "checkpoints/step-0000002"), *FLAGS, "--batch-size", "64"]) == 0
     assert (run / "quality/step-0000002-ddim-3.json").read_bytes() == before
+    assert cli.run(["evaluate", str(run), "--count", "6", "--device", "cpu"]) == 0  # by the run's own sampler
+    facts = json.loads((run / "quality/step-0000002-ddpm-20.json").read_text())
+    assert (facts["sampler"], facts["steps"]) == ("ddpm", 20)
 
 
 def test_images_that_moved_are_named_by_data(run, tmp_path, capsys):
