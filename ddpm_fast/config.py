@@ -13,6 +13,7 @@ from ddpm_fast.errors import InputError, flag, require, require_known, require_s
 Prediction = Literal["eps", "x0", "v"]
 Variance = Literal["small", "large"]
 Spacing = Literal["trailing", "leading", "linspace"]
+TimestepDensity = Literal["uniform", "laplace"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
 # fmt: off
@@ -150,6 +151,8 @@ class TrainingConfig:
     """Decay per step of the averaged weights; warmed up as min(decay, (1 + step) / (10 + step))."""
     min_snr_gamma: float = 0.0
     """Clamp of min-SNR loss weights (Hang et al. 2023), e.g. 5. 0 is the paper's unweighted loss."""
+    timestep_density: TimestepDensity = "uniform"
+    """How t is drawn: each as often (the paper), or mostly where signal and noise are alike (Hang et al. 2025)."""
     seed: int = 0
     """Seed of everything random, 0 to 2**64 - 1: same seed, same run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

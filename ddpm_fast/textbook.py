@@ -13,8 +13,7 @@ x_start is its x_0, an image in [-1, 1]; x_t is that image at timestep t; eps is
 Shapes: N images, C channels, H x W pixels, T timesteps, K of them visited, E = 4 * channels in the time embedding.
 
 `random` is where random numbers come from: torch, or anything with functions like its randn, randint and rand. Given
-the engine's numbers, this file computes the engine's losses and images, and the tests hold the engine to it. What the
-engine adds changes no formula: reading images, seeds, gradient accumulation, bfloat16, kernels, checkpoints.
+the engine's numbers, this file computes the engine's losses and images, and the tests hold the engine to it.
 """
 
 import copy
@@ -36,20 +35,16 @@ def make_betas(config: DiffusionConfig) -> Tensor:
         return torch.linspace(config.beta_start, config.beta_end, config.timesteps, dtype=torch.float64)
     u = torch.linspace(0, 1, config.timesteps + 1, dtype=torch.float64)
     cosine = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # Nichol and Dhariwal 2021, Equation 17
-    curve = torch.sigmoid(3 - 6 * u)
-    sigmoid = (curve - curve[-1]) / (curve[0] - curve[-1])  # Chen 2023, Algorithm 1
-    alpha_bar = {"cosine": cosine, "sigmoid": sigmoid}[config.schedule]
+    sigmoid = torch.sigmoid(3 - 6 * u)  # Chen 2023, Algorithm 1, but for the scale, which cancels out
+    alpha_bar = {"cosine": cosine, "sigmoid": sigmoid - sigmoid[-1]}[config.schedule]
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 class ForwardProcess:
-    """q(x_t | x_start) is normal, with mean sqrt(alpha_bar[t]) * x_start and variance 1 - alpha_bar[t] (Equation 4).
-
-    A sampler may visit only K of the T timesteps: a process of K longer steps (Nichol and Dhariwal 2021, Section 4).
-    """
+    """q(x_t | x_start) is normal, with mean sqrt(alpha_bar[t]) * x_start and variance 1 - alpha_bar[t] (Equation 4)."""
 
     def __init__(self, config: DiffusionConfig, visited: Tensor | None = None) -> None:
-        self.config = config
+        self.config = config  # K visited timesteps make K longer steps: Nichol and Dhariwal 2021, Section 4
         self.timesteps = torch.arange(config.timesteps) if visited is None else visited  # what the U-Net is told
         self.alpha_bar = torch.cumprod(1 - make_betas(config), dim=0)[self.timesteps]  # [T] or [K] float64
         self.alpha_bar_prev = torch.cat([torch.ones_like(self.alpha_bar[:1]), self.alpha_bar[:-1]])  # that of t - 1
@@ -167,6 +162,13 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
+def laplace_shares(config: DiffusionConfig) -> Tensor:
+    """Return how often each t is drawn, most where signal and noise are alike: [T]; Hang et al. 2025, Table 1."""
+    log_snr = ForwardProcess(config).alpha_bar.logit()
+    laplace = torch.exp(-(log_snr - 0.5).abs()) * torch.gradient(log_snr)[0].abs()
+    return 0.15 / config.timesteps + 0.85 * laplace / laplace.sum()  # some at both ends, too
+
+
 def training_loss(unet: nn.Module, images: Tensor, config: Config, random: Any = torch) -> Tensor:
     """Return the loss of a batch of images [N, C, H, W] in 0..255: Algorithm 1, lines 2 to 5."""
     N, prediction, gamma = len(images), config.diffusion.prediction, config.training.min_snr_gamma
@@ -174,6 +176,8 @@ def training_loss(unet: nn.Module, images: Tensor, config: Config, random: Any =
     if config.data.flip:
         x_start = torch.where(random.rand((N, 1, 1, 1)) < 0.5, x_start.flip(-1), x_start)
     t = random.randint(config.diffusion.timesteps, (N,))  # line 3
+    if config.training.timestep_density == "laplace":
+        t = torch.bucketize(random.rand((N,)), laplace_shares(config.diffusion).cumsum(0)[:-1], right=True)
     eps = random.randn(x_start.shape)  # line 4
     alpha_bar = ForwardProcess(config.diffusion).alpha_bar[t].view(N, 1, 1, 1)
     x_t = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * eps  # Equation 4
@@ -201,9 +205,8 @@ def train(
         optimizer.param_groups[0]["lr"] = training.learning_rate * rise * fall
         optimizer.step()
         decay = min(training.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for average, weight in zip(ema.parameters(), unet.parameters(), strict=True):
-                average.copy_(decay * average + (1 - decay) * weight)
+        for average, weight in zip(ema.parameters(), unet.parameters(), strict=True):
+            average.data = decay * average.data + (1 - decay) * weight.data
         yield loss.item()
 
 
@@ -235,8 +238,7 @@ def sample_ddpm(unet: nn.Module, x: Tensor, process: ForwardProcess, random: Any
         alpha_bar, alpha_bar_prev = process.alpha_bar[t], process.alpha_bar_prev[t]
         alpha, beta = alpha_bar / alpha_bar_prev, 1 - alpha_bar / alpha_bar_prev
         mean = (alpha_bar_prev.sqrt() * beta * x_start + alpha.sqrt() * (1 - alpha_bar_prev) * x) / (1 - alpha_bar)
-        posterior_variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta  # Equation 7
-        variance = {"large": beta, "small": posterior_variance}[process.config.variance]  # Section 3.2
+        variance = {"large": beta, "small": (1 - alpha_bar_prev) / (1 - alpha_bar) * beta}[process.config.variance]
         x = mean + variance.sqrt() * random.randn(x.shape) if t > 0 else mean
     return x
 
@@ -261,8 +263,7 @@ def sample_dpm_solver(unet: nn.Module, x: Tensor, process: ForwardProcess) -> Te
     h = (alpha_prev / sigma_prev).log() - (alpha / sigma).log()  # steps in lambda; infinite at t = 0
     x_start_before = None
     for t in reversed(range(len(process.timesteps))):
-        x_start, _ = predict(unet, x, t, process)
-        D = x_start
+        D = x_start = predict(unet, x, t, process)[0]
         if x_start_before is not None and t > 0:  # else first order: at the first step, and at the infinite one
             r = h[t + 1] / h[t]
             D = (1 + 1 / (2 * r)) * x_start - 1 / (2 * r) * x_start_before
@@ -276,19 +277,16 @@ def main() -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    config = Config(
-        unet=UNetConfig(1, 8, 8, 32, channel_multipliers=(1, 2), res_blocks=1, attention_resolutions=(4,), groups=8),
-        diffusion=DiffusionConfig(schedule="cosine", variance="small"),
-        training=TrainingConfig(steps=800, batch_size=64, learning_rate=1e-3, warmup_steps=100, ema_decay=0.995),
-    )
-    pixels, _ = load_digits(return_X_y=True)  # [1797, 64] in 0..16
-    digits = torch.from_numpy(pixels).view(-1, 1, 8, 8) * (255 / 16)
-    unet = UNet(config.unet)
+    training = TrainingConfig(steps=800, batch_size=64, learning_rate=1e-3, warmup_steps=100, ema_decay=0.995)
+    unet_config = UNetConfig(1, 8, 8, 32, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=8)
+    config = Config(unet=unet_config, diffusion=DiffusionConfig(schedule="cosine"), training=training)
+    digits = torch.from_numpy(load_digits(return_X_y=True)[0]).view(-1, 1, 8, 8) * (255 / 16)  # of 0..16
+    unet = UNet(unet_config)
     ema = copy.deepcopy(unet).eval()
-    batches = ((step, digits[torch.randint(len(digits), (64,))]) for step in range(config.training.steps))
+    batches = enumerate(digits[torch.randint(len(digits), (training.batch_size,))] for _ in range(training.steps))
     for step, loss in enumerate(train(unet, ema, batches, config)):
         if step % 100 == 0:
-            print(f"step {step} of {config.training.steps}: loss {loss:.3f}", flush=True)
+            print(f"step {step} of {training.steps}: loss {loss:.3f}", flush=True)
     x = sample_ddpm(ema, torch.randn(64, 1, 8, 8), ForwardProcess(config.diffusion))
     grid = F.pad((x.clamp(-1, 1) + 1) * 127.5, (1, 1, 1, 1)).view(8, 8, 10, 10).transpose(1, 2).reshape(80, 80).byte()
     Image.fromarray(grid.numpy()).resize((640, 640), Image.Resampling.NEAREST).save("textbook-digits.png")

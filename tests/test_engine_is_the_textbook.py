@@ -47,6 +47,8 @@ class TrainingNumbers:
         return NoiseAddress(self.key, self.sample_index)
 
     def rand(self, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:  # of timesteps
+            return (example_word(self.address, Stream.TIMESTEP).double() + 0.5) / 2**32
         # The engine mirrors where a word lies in the upper half, the textbook where a number lies in the lower.
         return 1 - (example_word(self.address, Stream.FLIP).double() + 0.5).view(shape) / 2**32
 
@@ -109,7 +111,7 @@ SETTINGS = {
     ),
     "x0": (
         DiffusionConfig(100, "sigmoid", prediction="x0"),
-        TrainingConfig(warmup_steps=0, clip_norm=0, min_snr_gamma=1),
+        TrainingConfig(warmup_steps=0, clip_norm=0, min_snr_gamma=1, timestep_density="laplace"),
     ),
 }
 

@@ -36,9 +36,7 @@ PAGE = Path(__file__).parents[2] / "profiles" / "speedrun.md"
 
 def parsed_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Parse this command's own flags; the rest is train's."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.speedrun", description="Race training loops to a stated quality."
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench.speedrun", description="Race to a stated quality.")
     parser.add_argument("track", help=f"what is raced for: {', '.join(TRACKS)}")
     parser.add_argument("--data", default="", help="a .npy/.npz file or a folder of images; digits has its own")
     parser.add_argument("--seeds", type=int, nargs="+", default=JUDGED_WITH, help="default: the judges' three")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_fast import textbook
 from ddpm_fast.checks.recording import TrainingStep, distance
 from ddpm_fast.checks.results import CheckResult, judged
 from ddpm_fast.constants import TRAINING_COLUMN, Stream, TrainingTable
@@ -116,11 +117,16 @@ def _count_flips(trainer: Trainer, step: TrainingStep) -> int:
 def _check_timesteps(trainer: Trainer, steps: list[TrainingStep]) -> CheckResult:
     total = trainer.config.diffusion.timesteps
     name, found = "t is drawn from 0 to T - 1, for each example by its number", "so"
+    config, thresholds = trainer.config, None
+    if config.training.timestep_density == "laplace" and total > 1:
+        up_to = textbook.laplace_shares(config.diffusion).cumsum(0)[:-1]
+        thresholds = (up_to * 2**32).round().long().to(trainer.device)
     for step in steps:
         t = step.joined("q_sample", "t")
         address = NoiseAddress(trainer.key, step.joined("q_sample", "sample_index"))
-        if t.is_floating_point() or not torch.equal(t, random_timesteps(address, total)):
-            found = f"{t.tolist()}, not {random_timesteps(address, total).tolist()}, in step {step.number}"
+        expected = random_timesteps(address, total, thresholds)
+        if t.is_floating_point() or not torch.equal(t, expected):
+            found = f"{t.tolist()}, not {expected.tolist()}, in step {step.number}"
     return CheckResult("timesteps", name, judged(found == "so"), f"0 to {total - 1}", found, f"{TRAINER} or {NOISE}")
 
 

@@ -71,9 +71,10 @@ def classes_of_integers(t: Tensor, total: int) -> Tensor:
     return t.clamp(0, total - 1) * min(CLASSES, total) // total
 
 
-def shares_of_integers(total: int) -> Tensor:
-    """Return how likely each class of `classes_of_integers` is."""
-    return classes_of_integers(torch.arange(total), total).bincount().double() / total
+def shares_of_integers(total: int, shares: Tensor | None = None) -> Tensor:
+    """Return how likely each class of `classes_of_integers` is; each integer has its share [total], or the same."""
+    weights = torch.full((total,), 1 / total, dtype=torch.float64) if shares is None else shares
+    return classes_of_integers(torch.arange(total), total).bincount(weights)
 
 
 def of_independence(a: Tensor, b: Tensor, shares_a: Tensor | None = None, shares_b: Tensor | None = None) -> float:

@@ -53,5 +53,5 @@ def _fit(trainer: Trainer, number: int) -> tuple[list[float], bool]:
 def _loss_of_nothing(trainer: Trainer) -> float:
     """Return the loss of predicting zeros for the loaded examples' timesteps, of images of black and white pixels."""
     address = NoiseAddress(trainer.key, trainer.sample_index)
-    row = TrainingTable(*trainer.table[random_timesteps(address, len(trainer.table))].unbind(1))
+    row = TrainingTable(*trainer.table[random_timesteps(address, len(trainer.table), trainer.thresholds)].unbind(1))
     return float((row.weight * (row.target_eps.square() + row.target_x_start.square())).mean())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ddpm_fast import textbook
 from ddpm_fast.checks.chance import (
     MOST_REPEATED,
     classes_of_integers,
@@ -128,15 +129,18 @@ def _name(more_seed: int) -> str:
 
 
 def check_timesteps(config: Config, draws: dict[int, TrainingDraws]) -> CheckResult:
-    """Check that t is uniform over exactly 0..T-1, and independent over examples and seeds."""
+    """Check that t is from exactly 0..T-1, as often as configured, and independent over examples and seeds."""
     total, t = config.diffusion.timesteps, draws[0].t
-    name, expected = "t is uniform and independent", f"all of 0..{total - 1}, equally often, in no pattern"
+    uniform = config.training.timestep_density == "uniform" or total == 1
+    density = "uniform" if uniform else "Laplace's"
+    name, expected = f"t is {density} and independent", f"all of 0..{total - 1}, as often as that, in no pattern"
     rarest = noise.integer_below(torch.tensor([0, 2**32 - 1], device=t.device), total)
     low, high = min(int(t.min()), int(rarest[0])), max(int(t.max()), int(rarest[1]))
-    often = len(t) >= DRAWS_PER_TIMESTEP * total
+    often = uniform and len(t) >= DRAWS_PER_TIMESTEP * total
     if low < 0 or high >= total or (often and (low, high) != (0, total - 1)):
         return CheckResult("timesteps", name, judged(False), expected, f"{low}..{high}", NOISE)
-    classes, shares = ({more: classes_of_integers(d.t, total) for more, d in draws.items()}, shares_of_integers(total))
+    classes = {more: classes_of_integers(d.t, total) for more, d in draws.items()}
+    shares = shares_of_integers(total, None if uniform else textbook.laplace_shares(config.diffusion))
     first = classes[0]
     chances = {"how often each class of t occurs": of_counts(first.bincount(minlength=len(shares)).cpu(), shares)}
     if often:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddpm_fast import textbook
 from ddpm_fast.checks.results import CheckResult, Stage, Verdict, judged
-from ddpm_fast.config import Config, DataConfig, DiffusionConfig
+from ddpm_fast.config import Config, DataConfig, DiffusionConfig, with_training
 from ddpm_fast.constants import TrainingTable
 from ddpm_fast.diffusion import schedule
 from ddpm_fast.engine.trainer import Trainer
@@ -65,7 +65,7 @@ def textbook_table(config: Config) -> TrainingTable[Tensor]:
     Raises:
         KeyError: the textbook does not know the schedule or the prediction.
     """
-    config = replace(config, data=DataConfig())
+    config = with_training(replace(config, data=DataConfig()), timestep_density="uniform")
     (signal, of_image), (noise, of_eps) = _loss_slope(config, 1, 0, 0), _loss_slope(config, 0, 1, 0)
     weight = (_loss_slope(config, 1, 0, 1)[1] - of_image) / 2  # the slope is 2 * weight * (prediction - target)
     return TrainingTable(signal, noise, -of_eps / (2 * weight), -of_image / (2 * weight), weight)

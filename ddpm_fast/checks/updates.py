@@ -59,8 +59,10 @@ class NoNoise:
     def randint(self, high: int, shape: tuple[int]) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64)
 
-    def randn(self, shape: torch.Size) -> Tensor:
+    def rand(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape)
+
+    randn = rand
 
 
 class Adam(torch.optim.Adam):

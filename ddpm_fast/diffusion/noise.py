@@ -145,9 +145,16 @@ def example_word(address: NoiseAddress, stream: Stream) -> Tensor:
     return philox((zero, address.sample_index & MASK, zero, zero + int(stream)), address.key)[0]
 
 
-def random_timesteps(address: NoiseAddress, total: int) -> Tensor:
-    """Draw t uniformly from 0..total-1 for each training example: [N] int64."""
-    return integer_below(example_word(address, Stream.TIMESTEP), total)
+def random_timesteps(address: NoiseAddress, total: int, thresholds: Tensor | None = None) -> Tensor:
+    """Draw t from 0..total-1 for each training example: [N] int64.
+
+    Args:
+        address: of the examples.
+        total: timesteps.
+        thresholds: words from which on t is one more, [total - 1] int64 ascending; None: uniform.
+    """
+    word = example_word(address, Stream.TIMESTEP)
+    return integer_below(word, total) if thresholds is None else torch.bucketize(word, thresholds, right=True)
 
 
 def random_flips(address: NoiseAddress) -> Tensor:

@@ -9,8 +9,13 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_fast.config import DiffusionConfig, Prediction
+from ddpm_fast.config import DiffusionConfig, Prediction, TimestepDensity
 from ddpm_fast.constants import TrainingTable
+
+LAPLACE_CENTRE, LAPLACE_SCALE = 0.5, 1.0
+"""Of the log SNR at which laplace trains. Chosen by the quality of digits: see profiles/speedrun.md."""
+UNIFORM_SHARE = 0.15
+"""Of laplace's draws, so that the ends, where sampling begins and stops, are trained too."""
 
 
 def linear_betas(timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -64,6 +69,27 @@ def loss_weights(alpha_bar: Tensor, prediction: Prediction, min_snr_gamma: float
     snr = alpha_bar / (1 - alpha_bar)
     clamped = snr.clamp(max=min_snr_gamma)
     return {"x0": clamped, "eps": clamped / snr, "v": clamped / (snr + 1)}[prediction]
+
+
+def timestep_shares(config: DiffusionConfig, density: TimestepDensity) -> Tensor:
+    """Return how often each t is drawn in training: [T] float64, whose sum is 1.
+
+    laplace is a Laplace distribution of log SNR (Hang et al. 2025, arXiv 2407.03297, Table 1) by the step of log SNR
+    from one t to the next, mixed with a uniform share. Sampling visits the same timesteps whatever it is.
+    """
+    uniform = torch.full((config.timesteps,), 1 / config.timesteps, dtype=torch.float64)
+    if density == "uniform" or config.timesteps == 1:
+        return uniform
+    log_snr = make_alpha_bar(config).logit()
+    laplace = torch.exp(-(log_snr - LAPLACE_CENTRE).abs() / LAPLACE_SCALE) * torch.gradient(log_snr)[0].abs()
+    return UNIFORM_SHARE * uniform + (1 - UNIFORM_SHARE) * laplace / laplace.sum()
+
+
+def timestep_thresholds(config: DiffusionConfig, density: TimestepDensity) -> Tensor | None:
+    """Return where t steps up by one, in random words from 0 to 2**32 - 1: [T - 1] int64; None where it is uniform."""
+    if density == "uniform":
+        return None
+    return (timestep_shares(config, density).cumsum(0)[:-1] * 2**32).round().long()
 
 
 def training_table(config: DiffusionConfig, min_snr_gamma: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddpm_fast.config import Config
 from ddpm_fast.constants import StepFigures, StepNumbers
 from ddpm_fast.diffusion.noise import KEY_INCREMENTS, NoiseAddress, key_from_seed, random_timesteps
-from ddpm_fast.diffusion.schedule import TrainingTable, training_table
+from ddpm_fast.diffusion.schedule import TrainingTable, timestep_shares, timestep_thresholds, training_table
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, Work
 from ddpm_fast.engine.execution import EAGER, Execution, choose_dtype
 from ddpm_fast.engine.flat_weights import FlatWeights, Parts
@@ -79,6 +79,8 @@ class Trainer:
         self.numbers = StepNumbers(*self.flat.numbers.unbind())
         self.figures = StepFigures(*self.flat.figures.unbind())
         self.table = training_table(config.diffusion, config.training.min_snr_gamma).to(device)
+        thresholds = timestep_thresholds(config.diffusion, config.training.timestep_density)
+        self.thresholds = None if thresholds is None else thresholds.to(device)
         self.key = key_from_seed(config.training.seed, device)
         self.step = 0
         unet, size = config.unet, config.training.batch_size
@@ -92,7 +94,7 @@ class Trainer:
 
     def _losses_of_batch(self, images: Tensor, sample_index: Tensor) -> Tensor:
         """Compute the weighted squared errors of a batch: [N] float32 (Algorithm 1, line 5)."""
-        t = random_timesteps(NoiseAddress(self.key, sample_index), self.config.diffusion.timesteps)
+        t = random_timesteps(NoiseAddress(self.key, sample_index), self.config.diffusion.timesteps, self.thresholds)
         network, flip = self.flat.network, self.config.data.flip
         example = (images, t, self.table, self.key, sample_index)
         x_t = network.ops.q_sample(*example, flip=flip, dtype=self.dtype)
@@ -169,13 +171,14 @@ class Trainer:
     def zero_prediction_loss(self, images: int = 256) -> float:
         """Return the expected loss of a network that returns zeros, for the mean square of the first images.
 
-        With independent eps of variance 1 it is the mean over t of
+        With independent eps of variance 1 it is the mean over the drawn t of
         weight * (target_eps**2 + target_x_start**2 * E[x_start**2]).
         """
         sample, _ = self.batch(0, images)
         mean_square = (sample.float() / 127.5 - 1).square().mean()
         row = TrainingTable(*self.table.unbind(1))
-        return float((row.weight * (row.target_eps**2 + row.target_x_start**2 * mean_square)).mean())
+        shares = timestep_shares(self.config.diffusion, self.config.training.timestep_density).to(self.device)
+        return float((shares * row.weight * (row.target_eps**2 + row.target_x_start**2 * mean_square)).sum())
 
     @contextmanager
     def ema_weights(self) -> Iterator[UNet]:

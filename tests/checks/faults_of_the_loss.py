@@ -24,7 +24,7 @@ CONFIG = Config(
     training=TrainingConfig(batch_size=16, learning_rate=1e-3, warmup_steps=100, ema_decay=0.999, precision="fp32"),
 )
 V = replace(CONFIG, diffusion=DiffusionConfig(100, "cosine", prediction="v"))
-V = with_training(V, min_snr_gamma=5.0, accumulate=4)
+V = with_training(V, min_snr_gamma=5.0, accumulate=4, timestep_density="laplace")
 
 
 def replace_op(monkeypatch: pytest.MonkeyPatch, **op: Callable[..., Any]) -> None:
@@ -130,7 +130,11 @@ def noise_of_the_last_batch(monkeypatch):
 
 def half_of_the_timesteps(monkeypatch):
     draw = engine.random_timesteps
-    monkeypatch.setattr(engine, "random_timesteps", lambda address, total: draw(address, total // 2))
+    monkeypatch.setattr(engine, "random_timesteps", lambda address, total, *rest: draw(address, total // 2, *rest))
+
+
+def uniform_timesteps_where_laplace_is_asked_for(monkeypatch):
+    monkeypatch.setattr(engine, "timestep_thresholds", lambda *given: None)
 
 
 def the_first_batch_again_and_again(monkeypatch):

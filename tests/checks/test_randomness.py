@@ -190,7 +190,7 @@ def t_drawn_towards_0(monkeypatch: pytest.MonkeyPatch) -> None:
 def t_equal_within_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = trainer.random_timesteps
     monkeypatch.setattr(
-        trainer, "random_timesteps", lambda a, total: draw(a._replace(sample_index=a.sample_index // 16), total)
+        trainer, "random_timesteps", lambda a, *rest: draw(a._replace(sample_index=a.sample_index // 16), *rest)
     )
 
 
@@ -198,7 +198,7 @@ def t_equal_within_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 def seed_ignored_by_t(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = trainer.random_timesteps
     monkeypatch.setattr(
-        trainer, "random_timesteps", lambda a, total: draw(a._replace(key=torch.ones_like(a.key)), total)
+        trainer, "random_timesteps", lambda a, *rest: draw(a._replace(key=torch.ones_like(a.key)), *rest)
     )
 
 

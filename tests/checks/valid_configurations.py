@@ -64,6 +64,7 @@ def _training(random: Random) -> TrainingConfig:
         warmup_steps=random.choice((0, 0, 1, 2, 7, 100, 5000, 50_000)),
         clip_norm=random.choice((0.0, 1.0, 1.0, 1e-3, 0.1, 100.0)),
         ema_decay=random.choice((0.0, 0.5, 0.9, 0.995, 0.9999, 0.999999)),
+        timestep_density=random.choice(("uniform", "uniform", "laplace")),
         min_snr_gamma=random.choice((0.0, 0.0, 0.5, 1.0, 5.0, 20.0)),
         seed=random.choice((0, 1, 17, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 2**64 - 2, random.randrange(2**64))),
         device="cpu",

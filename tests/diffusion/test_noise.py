@@ -210,6 +210,15 @@ def test_timesteps_are_the_first_word_scaled_and_uniform():
     assert 1e-3 < stats.chi2.sf(float(((counts - n / total) ** 2).sum() / (n / total)), total - 1) < 1 - 1e-3
 
 
+def test_timesteps_are_drawn_as_often_as_their_thresholds_say():
+    thresholds = torch.tensor([2**30, 2**31, 2**31])  # a quarter, a quarter, never, half
+    where, words = address(100_000), noise.random_timesteps(address(100_000), 2**31) * 2
+    found = noise.random_timesteps(where, 4, thresholds)
+    assert torch.equal(found, (words[:, None] >= thresholds).sum(1))
+    counts = torch.bincount(found, minlength=4).double() / 100_000
+    assert counts.tolist() == pytest.approx([0.25, 0.25, 0, 0.5], abs=SIGMAS * 0.5 / math.sqrt(100_000))
+
+
 def test_flips_are_the_first_words_top_bit_and_half():
     found = noise.random_flips(address(100_000))
     assert found.dtype == torch.bool

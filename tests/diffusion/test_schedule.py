@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from ddpm_fast.config import DiffusionConfig, Prediction
 from ddpm_fast.diffusion import schedule
@@ -133,3 +134,28 @@ def test_min_snr_weighs_an_error_of_x_start_alike_in_every_prediction():
         losses.append(row.weight * (row.target_eps * (eps - implied_eps) + row.target_x_start * (x_start - wrong)) ** 2)
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+def test_laplace_is_the_distribution_of_log_snr_but_for_a_uniform_share(name):
+    """Between neighbouring midpoints of log SNR lies what SciPy's distribution says."""
+    config = DiffusionConfig(1000, name)
+    shares = schedule.timestep_shares(config, "laplace")
+    assert float(shares.sum()) == pytest.approx(1, abs=1e-12)
+    alpha_bar = np.cumprod(1 - schedule.betas(config).numpy())
+    log_snr = np.log(alpha_bar / (1 - alpha_bar))
+    edges = np.concatenate([[log_snr[0]], (log_snr[1:] + log_snr[:-1]) / 2, [log_snr[-1]]])
+    laplace = -np.diff(stats.laplace(loc=0.5, scale=1).cdf(edges))
+    expected = 0.15 / 1000 + 0.85 * laplace / laplace.sum()
+    assert np.abs(shares.numpy() - expected).sum() < 0.01
+    assert float(shares.min()) >= 0.15 / 1000
+
+
+def test_words_are_cut_where_the_shares_add_up():
+    config = DiffusionConfig(1000, "cosine")
+    assert schedule.timestep_thresholds(config, "uniform") is None
+    thresholds = schedule.timestep_thresholds(config, "laplace")
+    assert thresholds is not None
+    assert thresholds.dtype == torch.int64
+    widths = torch.cat([thresholds, torch.tensor([2**32])]).diff(prepend=torch.tensor([0]))
+    torch.testing.assert_close(widths.double() / 2**32, schedule.timestep_shares(config, "laplace"), rtol=0, atol=1e-9)
