@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ddpm_fast.errors import InputError, flag, require, require_known, require_seed, require_types
+from ddpm_fast.errors import flag, require, require_known, require_object, require_seed, require_types
 
 Prediction = Literal["eps", "x0", "v"]
 Variance = Literal["small", "large"]
@@ -263,19 +263,20 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(values: Any) -> Config:
     """Rebuild a configuration from `to_dict`'s form.
 
     Raises:
-        InputError: a key is unknown, or a value is refused by its dataclass.
+        InputError: a key is unknown, a part is no dictionary, or a value is refused by its dataclass.
     """
     parts = {f.name: f.type for f in dataclasses.fields(Config) if isinstance(f.type, type) and f.type is not str}
+    require_object("the configuration", values)
+    for name in parts:
+        require_object(f"configuration key {name!r}", values.get(name, {}))
     return _part_from_dict(Config, {k: _part_from_dict(parts[k], v) if k in parts else v for k, v in values.items()})
 
 
-def _part_from_dict(cls: type, values: Any) -> Any:
-    if not isinstance(values, dict):
-        raise InputError(f"the configuration's {cls.__name__} is {type(values).__name__}, not an object")
+def _part_from_dict(cls: type, values: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     require_known("configuration key", values, known)
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -90,6 +90,10 @@ def require_known(what: str, names: Iterable[str], known: Collection[str]) -> No
         require(name in known, f"unknown {what} {name!r}.{nearest(name, known)}")
 
 
+def require_object(what: str, value: Any) -> None:
+    require(isinstance(value, dict), f"{what} is {reprlib.repr(value)}, not an object")
+
+
 def require_types(part: Any) -> None:
     """Refuse values of a wrong type, which Python and JSON let through."""
     for f in dataclasses.fields(part):

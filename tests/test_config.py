@@ -156,8 +156,10 @@ def test_a_sampler_that_is_left_out_is_the_runs_own(asked, meant):
 
 
 def test_a_part_that_is_no_object_is_refused():
-    with pytest.raises(InputError, match="the configuration's UNetConfig is int, not an object"):
+    with pytest.raises(InputError, match="configuration key 'unet' is 3, not an object"):
         config.from_dict({"unet": 3})
+    with pytest.raises(InputError, match=r"the configuration is \[\], not an object"):
+        config.from_dict([])
 
 
 @pytest.mark.parametrize(

@@ -32,16 +32,22 @@ def read_config(run: Path) -> tuple[Config, str] | None:
     """Return a run's configuration and data fingerprint; None when config.json is missing or torn.
 
     Raises:
-        InputError: it holds what this version does not know.
+        InputError: it is whole, but no run's, or holds what this version does not know.
     """
     file = run / "config.json"
     try:
         values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    try:
         return from_dict(values["config"]), str(values["fingerprint"])
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{file} is no run's: it lacks a configuration or its data's fingerprint; put the run's own back, or name "
+            "another directory"
+        ) from None
 
 
 def check_resumable(run: Path, config: Config, fingerprint: str) -> None:

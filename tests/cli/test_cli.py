@@ -180,6 +180,16 @@ def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(tmp_path, torn
     assert "no checkpoint, starting at step 0" in out
 
 
+@pytest.mark.parametrize(
+    "other", ["[]", "3", "{}", '{"config": []}', '{"config": {}}', '{"config": [], "fingerprint": ""}']
+)
+def test_what_is_whole_but_no_run_s_is_not_resumed_with_the_preset_s_defaults(tmp_path, other, capsys):
+    (tmp_path / "config.json").write_text(other)
+    said = refused(f"train --out {tmp_path} --resume", capsys)
+    assert str(tmp_path / "config.json") in said
+    assert (tmp_path / "config.json").read_text() == other
+
+
 def test_a_failed_check_exits_with_3_and_writes_nothing(tmp_path, capsys):
     hopeless = f"{TINY_RUN} --learning-rate 3"
     status, out, err = run(f"train --out {tmp_path}/run {hopeless}", capsys)
