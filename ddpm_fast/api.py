@@ -173,7 +173,9 @@ def train_config(
         print(f"training {directory} on {decided}: {training.steps} steps, {images} images", flush=True)
         started = time.perf_counter()
         run.train()
-    print(f"trained in {time.perf_counter() - started:.1f} s; grids in {directory / 'samples'}")
+    done = run.trainer.step
+    early = f"stopped at step {done:,} of {training.steps:,}: decided; " if done < training.steps else ""
+    print(f"{early}trained in {time.perf_counter() - started:.1f} s; grids in {directory / 'samples'}")
     return _judged(directory, judge)
 
 
