@@ -40,6 +40,9 @@ LOST = ("higher",)
 EITHER_WAY = ("lower", "higher")
 """Verdicts after which more steps change little: one of them, and both."""
 
+WORDS = {"lower": "better: ", "higher": "worse: ", "equal": ""}
+"""What is said before a difference, which says itself whether it is lower, higher or none; other verdicts by name."""
+
 
 def reference(path: str, config: Config, dataset: Dataset) -> RecordedRun:
     """Open the run to judge against.
@@ -165,7 +168,7 @@ class Judge:
         elif self.too_early:
             said = f"too early to say: {self.too_early}; so far {last}"
         else:
-            said = f"{self.verdict}: {last}"
+            said = f"{WORDS.get(self.verdict, f'{self.verdict}: ')}{last}"
         asked = "" if self.config.data.holdout else ", on images that are trained on"
         return f"verdict {against} at step {last.step:,}{asked}: {said}. {LOSS_IS_NOT_QUALITY}"
 

@@ -49,8 +49,10 @@ def test_two_certain_evaluations_after_the_warm_up_decide(tmp_path, sign, verdic
     assert (once.verdict, once.decided) == ("undecided", False)  # step 10 lies in the warm-up, of 100 steps
     twice = judged(tmp_path / "twice", {100: sign * 0.1, 200: sign * 0.1})
     assert (twice.verdict, twice.decided) == (verdict, True)
-    assert verdict in twice.sentence()
-    assert "Loss is not sample quality" in twice.sentence()
+    said = twice.sentence()
+    assert f": {'better' if sign < 0 else 'worse'}: evaluation loss" in said
+    assert said.count(verdict) == 1
+    assert "Loss is not sample quality" in said
 
 
 def test_a_sign_that_turns_is_undecided(tmp_path):
@@ -60,7 +62,9 @@ def test_a_sign_that_turns_is_undecided(tmp_path):
 
 
 def test_no_difference_or_rounding_is_equal(tmp_path):
-    assert judged(tmp_path / "a", {100: 0, 200: 0}).verdict == "equal"
+    equal = judged(tmp_path / "a", {100: 0, 200: 0})
+    assert equal.verdict == "equal"
+    assert equal.sentence().count("equal") == 1
     rounding = judged(tmp_path / "b", {100: 1e-6, 200: 1e-6})
     assert (rounding.verdict, rounding.decided) == ("equal", False)
 
@@ -108,7 +112,7 @@ def test_other_seeds_and_schedules_that_hardly_meet_get_no_verdict(tmp_path):
 
 
 def test_a_verdict_says_where_only_images_that_are_trained_on_were_asked_about(tmp_path):
-    assert ", on images that are trained on: lower" in judged(tmp_path, {100: -0.1, 200: -0.1}).sentence()
+    assert ", on images that are trained on: better" in judged(tmp_path, {100: -0.1, 200: -0.1}).sentence()
 
 
 def test_where_nothing_is_common_there_is_no_verdict(tmp_path):
