@@ -24,7 +24,7 @@ from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.presets import with_flags
 from ddpm_fast.runs import checkpoint, decisions, evaluation, origin, scores
 from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
-from ddpm_fast.runs.compare import open_run
+from ddpm_fast.runs.compare import open_run, what_will_differ
 from ddpm_fast.runs.decisions import settle
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.directory import find_start, read_config, read_metrics
@@ -149,6 +149,7 @@ def train_config(
     if start.against:
         ends = EITHER_WAY if start.until_decided else tuple(stops_at)
         judge = Judge(reference(start.against, config, dataset), config, ends)
+        print(what_will_differ(judge.base, config), flush=True)
     found = find_start(directory, config, dataset.fingerprint, resume)
     step = found.step if found else 0
     unscored = scores.is_due(step, training, last=True) and scores.is_missing(directory, step)

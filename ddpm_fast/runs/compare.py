@@ -25,6 +25,8 @@ SAME_LOG_SNR = 0.25
 """Two schedules are compared where their nearest timesteps to an address differ by no more than this."""
 ROUNDING = 1e-5
 """The share of the loss that another number of threads, accumulation or hardware changes by rounding alone."""
+FILES_NAMED = 3
+"""Changed source files that one line names, those that decide images first; of more it says how many."""
 LOSS_IS_NOT_QUALITY = "Loss is not sample quality: look at the pictures, too"
 
 
@@ -180,7 +182,10 @@ def changed_code(base: RecordedRun, other: RecordedRun) -> list[ChangedFile]:
     """Return the source files that differ; none where either run's code is not on record."""
     if base.origin is None or other.origin is None:
         return []
-    before, now = base.origin.sources, other.origin.sources
+    return _changed_files(base.origin.sources, other.origin.sources)
+
+
+def _changed_files(before: origin.Sources, now: origin.Sources) -> list[ChangedFile]:
     return [
         ChangedFile(path, _diff(path, before.get(path, ""), now.get(path, "")))
         for path in sorted(before.keys() | now.keys())
@@ -206,8 +211,7 @@ def changed_surroundings(base: RecordedRun, other: RecordedRun) -> dict[str, tup
 
 def what_differs(base: RecordedRun, other: RecordedRun) -> list[str]:
     """Return one line for each thing that differs between two runs, or one that says that nothing does."""
-    flags = changed_flags(base.config, other.config)
-    lines = [f"{flag(name)}: {_plain(a)} -> {_plain(b)}" for name, (a, b) in flags.items()]
+    lines = _flags_that_differ(base.config, other.config)
     lines += [f"code: {file}" for file in changed_code(base, other)]
     lines += [f"{name}: {_plain(a)} -> {_plain(b)}" for name, (a, b) in changed_surroundings(base, other).items()]
     for run in (base, other):
@@ -216,6 +220,24 @@ def what_differs(base: RecordedRun, other: RecordedRun) -> list[str]:
     if base.fingerprint != other.fingerprint:
         lines.append(f"data: other images ({base.fingerprint[:12]} -> {other.fingerprint[:12]})")
     return lines or ["nothing: one configuration, one code, one machine"]
+
+
+def what_will_differ(base: RecordedRun, config: Config) -> str:
+    """Say in one line in which flags and code a run that is about to train differs from a base."""
+    found = _flags_that_differ(base.config, config)
+    if base.origin is not None:
+        files = _changed_files(base.origin.sources, origin.read_sources())
+        files.sort(key=lambda file: not file.path.startswith(origin.DECIDES_IMAGES))
+        found += [str(file) for file in files[:FILES_NAMED]]
+        found += [f"{len(files) - FILES_NAMED} more source files"] if len(files) > FILES_NAMED else []
+    unknown = f" (the code of {base.path} is not on record)" if base.origin is None else ""
+    if found:
+        return f"differs from {base.path} in {'; '.join(found)}{unknown}"
+    return f"nothing differs from {base.path}: same flags" + (unknown or ", same code")
+
+
+def _flags_that_differ(base: Config, other: Config) -> list[str]:
+    return [f"{flag(name)}: {_plain(a)} -> {_plain(b)}" for name, (a, b) in changed_flags(base, other).items()]
 
 
 def _plain(value: Any) -> str:

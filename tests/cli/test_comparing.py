@@ -50,6 +50,7 @@ def test_a_sweep_trains_stops_losers_and_goes_on_where_it_was(base, tmp_path, ca
     assert "learning-rate=1e-3,prediction=eps is the base" in said
     verdict = json.loads((out / "learning-rate=1e-5,prediction=eps/verdict.json").read_text())
     assert (verdict["verdict"], verdict["step"]) == ("higher", 200)
+    assert f"differs from {base} in --learning-rate: 0.001 -> 1e-05" in said
     assert "stopped at step 200 of 210: decided; trained in" in said
     assert (out / "page.html").exists()
     (out / "learning-rate=1e-5,prediction=v/verdict.json").unlink()

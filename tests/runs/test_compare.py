@@ -1,6 +1,7 @@
 """What differs between two runs, and the paired difference of their evaluations."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from ddpm_fast.runs.compare import (
     open_run,
     table,
     what_differs,
+    what_will_differ,
 )
 from ddpm_fast.runs.directory import prepare
 from ddpm_fast.runs.evaluation import Evaluation
@@ -143,6 +145,26 @@ def test_what_differs_is_named(tmp_path):
     assert any(line.startswith("torch: ") and line.endswith(" -> 9.9") for line in lines)
     (file,) = changed_code(base, other)
     assert "+# one more" in file.lines
+
+
+def test_what_will_differ_is_one_line_before_the_first_step(tmp_path):
+    base = open_run(recorded(tmp_path / "a"))
+    assert what_will_differ(base, DIGITS) == f"nothing differs from {base.path}: same flags, same code"
+    changed = replace(DIGITS, diffusion=replace(DIGITS.diffusion, prediction="v"))
+    assert what_will_differ(base, changed) == f"differs from {base.path} in --prediction: eps -> v"
+    assert base.origin is not None
+    base.origin.sources["diffusion/schedule.py"] += "# one less\n"
+    line = "ddpm_fast/diffusion/schedule.py (+0 -1 lines)"
+    assert what_will_differ(base, changed).endswith(f"in --prediction: eps -> v; {line}")
+    base.origin.sources.clear()
+    assert re.search(
+        r" in ddpm_fast/constants.py .*; ddpm_fast/diffusion/.*; \d+ more source files$", what_will_differ(base, DIGITS)
+    )
+    shutil.rmtree(base.path / "origin")
+    again = open_run(base.path)
+    assert what_will_differ(again, DIGITS) == (
+        f"nothing differs from {base.path}: same flags (the code of {base.path} is not on record)"
+    )
 
 
 def test_code_that_is_not_on_record_is_said(tmp_path):
