@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
 from ddpm_fast.cli.arguments import CompareArguments
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import require_writable
 from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, RecordedRun, open_run, table, what_differs
 from ddpm_fast.runs.grids import grid, to_uint8
-from ddpm_fast.runs.page import write_comparison
+from ddpm_fast.runs.page import Picture, of_other_steps, write_comparison
 from ddpm_fast.runs.scores import side_by_side
 from ddpm_fast.runs.trained_model import Model
 
@@ -41,9 +39,13 @@ def compare(arguments: CompareArguments) -> int:
 
 def write_page(page: Path, base: RecordedRun, others: Sequence[RecordedRun], images: int) -> None:
     """Write a comparison's page, with so many images of each run."""
-    pictures = _pictures([base, *others], images)
-    caption = f"Images 0 to {images - 1} of seed 0, averaged weights, {SAMPLER.sampler}."
+    runs = [base, *others]
+    steps = min(SAMPLER.steps, *(run.config.diffusion.timesteps for run in runs))
+    pictures = _pictures(runs, replace(SAMPLER, steps=steps, count=images)) if images else {}
+    caption = f"Images 0 to {images - 1} of seed 0, averaged weights, {SAMPLER.sampler} in {steps} steps."
     write_comparison(page, base, others, pictures, caption)
+    if warning := of_other_steps(pictures):
+        print(f"{warning}: " + ", ".join(f"{run} at step {picture.step:,}" for run, picture in pictures.items()))
     print(f"the page: {page}")
 
 
@@ -53,14 +55,14 @@ def _shown(run: RecordedRun) -> str:
     return f"{run.path}, {steps}" + (f", {rate:,.0f} images/s" if rate else "")
 
 
-def _pictures(runs: list[RecordedRun], count: int) -> dict[Path, Image.Image]:
+def _pictures(runs: Sequence[RecordedRun], wanted: SamplingOptions) -> dict[Path, Picture]:
     """Draw the same image numbers of each run that has a checkpoint."""
-    pictures: dict[Path, Image.Image] = {}
-    for run in runs if count else ():
+    pictures: dict[Path, Picture] = {}
+    for run in runs:
         try:
             model = Model(run.path, LoadOptions())
-            wanted = replace(SAMPLER, steps=min(SAMPLER.steps, model.config.diffusion.timesteps), count=count)
-            pictures[run.path] = grid(to_uint8(model.draw(wanted, progress=sys.stderr.isatty())))
+            image = grid(to_uint8(model.draw(wanted, progress=sys.stderr.isatty())))
+            pictures[run.path] = Picture(image, model.step)
         except (InputError, MathematicsError) as error:
             print(f"no picture of {run.path}: {error}", file=sys.stderr)
     return pictures

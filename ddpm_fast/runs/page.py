@@ -7,7 +7,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -28,8 +28,24 @@ from ddpm_fast.runs.plots import COLOURS, Curve, line_plot
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
+class Picture(NamedTuple):
+    """What a run draws."""
+
+    image: Image.Image
+    """A grid of samples."""
+    step: int
+    """Of the checkpoint that drew it."""
+
+
+def of_other_steps(pictures: Mapping[Path, Picture]) -> str:
+    """Say that the pictures are of runs after different numbers of steps; "" where they are not."""
+    if len({picture.step for picture in pictures.values()}) < 2:
+        return ""
+    return "The pictures are of each run's newest checkpoint, at different steps, and may differ by that alone"
+
+
 def write_comparison(
-    path: Path, base: RecordedRun, others: Sequence[RecordedRun], pictures: Mapping[Path, Image.Image], caption: str
+    path: Path, base: RecordedRun, others: Sequence[RecordedRun], pictures: Mapping[Path, Picture], caption: str
 ) -> None:
     """Write the page that compares runs with a base.
 
@@ -37,7 +53,7 @@ def write_comparison(
         path: of the page.
         base: what the others are compared with.
         others: at least one.
-        pictures: a grid of samples by run, of the same image numbers; empty for none.
+        pictures: by run, of the same image numbers; empty for none.
         caption: how the pictures were made.
 
     Raises:
@@ -55,8 +71,9 @@ def write_comparison(
         others=[_other(base, run, colours[run.path], paired[run.path]) for run in others],
         curves=line_plot("evaluation loss", [_curve(run, colours[run.path]) for run in runs], "step", True),
         differences=_differences(paired, colours),
-        pictures=[{"name": str(run), "png": _png(image)} for run, image in pictures.items()],
+        pictures=[{"name": f"{run}, step {drawn.step:,}", "png": _png(drawn.image)} for run, drawn in pictures.items()],
         pictures_caption=caption,
+        pictures_warning=of_other_steps(pictures),
     )
     replace_file(path, page.encode())
 
@@ -64,7 +81,7 @@ def write_comparison(
 def _summary(run: RecordedRun, colour: str) -> dict[str, Any]:
     steps, rate = run.evaluated_steps, run.images_per_s
     evaluated = run.evaluated(steps[-1]) if steps else None
-    loss = "none" if evaluated is None else f"{float(evaluated.errors['ema'].mean()):.5f}"
+    loss = "none" if evaluated is None else f"{float(evaluated.errors['ema'].mean()):.5f} at step {steps[-1]:,}"
     range_of_steps = f"{steps[0]:,} to {steps[-1]:,}" if steps else "none"
     cells = [range_of_steps, loss, "unknown" if rate is None else f"{rate:,.0f}"]
     return {"name": str(run.path), "colour": colour, "cells": cells}

@@ -38,7 +38,10 @@ def test_a_run_is_compared_with_itself_and_drawn(base, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "nothing: one configuration, one code, one machine" in out
     assert "+0.00%" in out
-    assert page.read_text().count("data:image/png") == 1  # a picture for each run, and these are one
+    text = page.read_text()
+    assert text.count("data:image/png") == 1  # a picture for each run, and these are one
+    assert f"{base}, step 210</figcaption>" in text
+    assert "averaged weights, dpm++ in 20 steps." in text
 
 
 @pytest.mark.slow

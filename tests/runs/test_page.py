@@ -11,7 +11,7 @@ import pytest
 
 from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.grids import grid
-from ddpm_fast.runs.page import write_comparison
+from ddpm_fast.runs.page import Picture, of_other_steps, write_comparison
 from ddpm_fast.runs.plots import HEIGHT, WIDTH, Axis, Curve, line_plot
 from tests.runs.test_compare import recorded
 
@@ -41,7 +41,8 @@ def test_the_page_stands_alone(tmp_path: Path):
     other.origin.sources["config.py"] += "# <script>alert(1)</script>\n"
     picture = grid(np.zeros((4, 8, 8, 1), np.uint8))
     path = tmp_path / "page.html"
-    write_comparison(path, base, [other], {base.path: picture, other.path: picture}, "Images 0 to 3")
+    pictures = {base.path: Picture(picture, 1200), other.path: Picture(picture, 1200)}
+    write_comparison(path, base, [other], pictures, "Images 0 to 3")
     text = path.read_text()
     tree = Tree()
     tree.feed(text)
@@ -54,6 +55,21 @@ def test_the_page_stands_alone(tmp_path: Path):
     assert text.count("<svg") == 2
     for said in (str(base.path), "ddpm_fast/config.py (+1 -0 lines)", "Loss is not sample quality", "Images 0 to 3"):
         assert said in text
+    assert re.search(r"<td>\d\.\d{5} at step 100</td>", text)
+    assert "different steps" not in text
+
+
+def test_pictures_of_different_steps_say_so(tmp_path: Path):
+    base, other = open_run(recorded(tmp_path / "a")), open_run(recorded(tmp_path / "b"))
+    picture = grid(np.zeros((4, 8, 8, 1), np.uint8))
+    pictures = {base.path: Picture(picture, 1200), other.path: Picture(picture, 200)}
+    write_comparison(tmp_path / "page.html", base, [other], pictures, "Images 0 to 3")
+    text = (tmp_path / "page.html").read_text()
+    assert f"<figcaption>{base.path}, step 1,200</figcaption>" in text
+    assert f"<figcaption>{other.path}, step 200</figcaption>" in text
+    assert "at different steps, and may differ by that alone" in text
+    assert of_other_steps(pictures)
+    assert of_other_steps({base.path: Picture(picture, 200)}) == ""
 
 
 def test_without_pictures_or_common_steps_the_page_says_so(tmp_path: Path):
