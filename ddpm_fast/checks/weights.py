@@ -38,7 +38,7 @@ def check_weights(unet: UNet, config: Config) -> Iterator[CheckResult]:
     ours = {name: found[name].detach() for name in known if name not in foreign}
     odd = [words for name, weight in ours.items() if (words := _oddity(name, weight, len(ours)))]
     name, expected = "initial weights are Xavier's", "uniform, near zero where a branch ends; biases 0, norms 1"
-    text = f"{len(odd)} layers otherwise, e.g. {odd[0]}" if odd else "just that"
+    text = f"{len(odd)} layer{'s' * (len(odd) > 1)} otherwise, e.g. {odd[0]}" if odd else "just that"
     yield CheckResult("weights", name, judged(not odd), expected, text, UNET)
     yield _check_repetition(ours)
     yield _check_seed(config, unet.conv_in.weight.device)
@@ -47,7 +47,12 @@ def check_weights(unet: UNet, config: Config) -> Iterator[CheckResult]:
 def _bound(name: str, weight: Tensor) -> float:
     """Return the largest value that Xavier's uniform distribution allows (Glorot and Bengio 2010, Equation 16)."""
     fans = (weight.shape[0] + weight.shape[1]) * weight[0, 0].numel()
-    return (1e-5 if name.endswith(NEAR_ZERO) else 1.0) * math.sqrt(6 / fans)
+    return _gain(name) * math.sqrt(6 / fans)
+
+
+def _gain(name: str) -> float:
+    """Return the share of Xavier's that a layer begins at."""
+    return 1e-5 if name.endswith(NEAR_ZERO) else 1.0
 
 
 def _oddity(name: str, weight: Tensor, layers: int) -> str:
@@ -63,7 +68,9 @@ def _oddity(name: str, weight: Tensor, layers: int) -> str:
     chance = min(of_sigmas((ratio - 1) / 3 / math.sqrt(4 / 45 / n)), of_sigmas(mean * math.sqrt(3 * n)))
     if largest <= 1 + 1e-6 and chance * layers >= RARE:
         return ""
-    return f"{name} has {ratio:.2g} times Xavier's variance, and at most {largest:.2g} times its bound"
+    gain = _gain(name)
+    variance = f"{ratio * gain**2:.2g} times Xavier's variance ({gain**2:g} is right)"
+    return f"{name} has {variance}, and at most {largest * gain:.2g} times its bound ({gain:g} is right)"
 
 
 def _check_repetition(weights: dict[str, Tensor]) -> CheckResult:

@@ -1,5 +1,6 @@
 """Each fault planted into the order of the data, or into initial weights, is named by the right stage and file."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -228,3 +229,18 @@ def test_a_layer_of_somebodys_own_is_only_said():
     network.conv_in.extra = torch.nn.Parameter(torch.full((3, 3), 7.0))
     results = [result for result in check_weights(network, CONFIG) if not result.passed]
     assert [(result.verdict, result.stage) for result in results] == [(Verdict.CHANGED, "weights")]
+
+
+def test_a_branch_that_begins_too_large_is_measured_by_xaviers_own_and_told_what_is_right():
+    network = new_unet(CONFIG, CPU)
+    weight = network.get_parameter("mid_block.resnets.0.conv2.weight")
+    torch.nn.init.xavier_uniform_(weight, gain=0.1, generator=torch.Generator().manual_seed(0))
+    (wrong,) = (result for result in check_weights(network, CONFIG) if not result.passed)
+    found = re.fullmatch(
+        r"1 layer otherwise, e.g. mid_block.resnets.0.conv2.weight has (\S+) times Xavier's variance "
+        r"\(1e-10 is right\), and at most (\S+) times its bound \(1e-05 is right\)",
+        wrong.found,
+    )
+    assert found is not None
+    assert float(found[1]) == pytest.approx(0.1**2, rel=0.2)
+    assert float(found[2]) == pytest.approx(0.1, rel=0.02)
