@@ -12,8 +12,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: .venv/installed
 	@out=runs/demo; n=2; while [ -e $$out ]; do out=runs/demo-$$n; n=$$((n + 1)); done; \
 	$(BIN)/ddpm-fast train --preset digits --out $$out && \
-	$(BIN)/ddpm-fast sample $$out --sampler ddim --steps 100 && \
-	echo "new digits: $$out/samples/ddim-100-seed0/grid.png (one by one beside it; how they grew: $$out/samples)"
+	$(BIN)/ddpm-fast sample $$out && \
+	echo "new digits: $$out/samples/dpm++-20-seed0/grid.png (one by one beside it; how they grew: $$out/samples)"
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

@@ -244,7 +244,7 @@ class Config:
     """Everything that decides what a run computes."""
 
     preset: str = "digits"
-    """What gives the defaults of all the other flags: digits, mnist, cifar10, church256 or celebahq256."""
+    """What gives the defaults of all the other flags: digits, mnist, icons32, cifar10, church256 or celebahq256."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -254,8 +254,7 @@ class Config:
     """What makes images unless a sampler is asked for; training does not depend on it."""
 
 
-NO_FLAGS = "sampling"
-"""The part of a configuration whose fields no flag of train sets: they are a preset's."""
+NO_FLAGS = "sampling"  # the part of a configuration whose fields no flag of train sets: they are a preset's
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Track:
         return dataclasses.replace(config, data=part)
 
 
-DDIM_50 = SamplerConfig("ddim", 50)
+DDIM_50, DPM_20 = SamplerConfig("ddim", 50), SamplerConfig("dpm++", 20)
 TRACKS = {
     track.name: track
     for track in (
@@ -78,9 +78,23 @@ TRACKS = {
             "digits",
             "digits",
             (Target("frechet_pixels", 0.5), Target("confident", 0.7, least=True)),
-            Target("frechet_features", 1.0),
+            Target("frechet_features", 3.5),
             DDIM_50,
             own_data=True,
+        ),
+        Track(
+            "mnist",
+            "mnist",
+            (Target("frechet_pixels", 99), Target("confident", 0.7, least=True)),
+            Target("frechet_features", 99),
+            DPM_20,
+        ),
+        Track(
+            "icons",
+            "icons32",
+            (Target("frechet_pixels", 999),),
+            Target("frechet_features", 99),
+            DPM_20,
         ),
     )
 }

@@ -10,16 +10,13 @@ import torch
 from ddpm_fast.config import Config, with_training
 from ddpm_fast.data.dataset import Dataset, open_dataset
 from ddpm_fast.errors import InputError
-from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import evaluation
 from ddpm_fast.runs.against import EITHER_WAY, Judge, acts_late, reference
 from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.directory import find_start
 from ddpm_fast.runs.run import Run
-from tests.runs.test_compare import evaluated, recorded
+from tests.runs.test_compare import DIGITS, evaluated, recorded
 from tests.runs.test_run import DATA, TINY, run
-
-DIGITS = PRESETS["digits"]
 
 
 def base_of(directory: Path, steps: tuple[int, ...] = (10, 100, 200, 500, 1000, 1200)) -> Path:

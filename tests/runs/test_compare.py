@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from ddpm_fast.config import Config
+from ddpm_fast.config import Config, DiffusionConfig, with_training
 from ddpm_fast.errors import InputError
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import evaluation, origin
@@ -28,7 +28,8 @@ from ddpm_fast.runs.compare import (
 from ddpm_fast.runs.directory import prepare
 from ddpm_fast.runs.evaluation import Evaluation
 
-DIGITS = PRESETS["digits"]
+DIGITS = replace(PRESETS["digits"], diffusion=DiffusionConfig(schedule="cosine"))
+DIGITS = with_training(DIGITS, steps=1200, batch_size=64, warmup_steps=100, cooldown=0.0)
 CPU = torch.device("cpu")
 
 

@@ -24,6 +24,7 @@ TINY = Config(
     training=TrainingConfig(steps=25, batch_size=8, warmup_steps=3, log_every=5, sample_every=12, device="cpu"),
 )
 DATA = open_dataset(TINY.data, TINY.unet)
+DIGITS = with_training(PRESETS["digits"], steps=1200, batch_size=64, sample_every=300)
 
 
 class Standing:
@@ -39,7 +40,7 @@ class Standing:
         return self.flop
 
 
-def due(tmp_path: Path, step: int, training_seconds: float, pace: float, config: Config = PRESETS["digits"]) -> int:
+def due(tmp_path: Path, step: int, training_seconds: float, pace: float, config: Config = DIGITS) -> int:
     previews = Previews(config, tmp_path, Standing(step), False)  # pyright: ignore[reportArgumentType]
     return previews.images_due(step == config.training.steps, training_seconds, pace)
 

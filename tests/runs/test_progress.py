@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from ddpm_fast.config import with_training
+from ddpm_fast.config import Config, TrainingConfig, UNetConfig, with_training
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import progress
 from ddpm_fast.runs.progress import TrainingProgress
@@ -21,8 +21,14 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+LONG = Config(
+    unet=UNetConfig(1, 28, 28, channels=64, channel_multipliers=(1, 2, 2), attention_resolutions=(14,)),
+    training=TrainingConfig(steps=40_000),
+)
+
+
 def test_a_long_run_says_so_as_soon_as_steps_are_timed_and_names_a_shorter_one(clock, capsys):
-    with TrainingProgress(PRESETS["mnist"], 0, 0, bar=False) as shown:
+    with TrainingProgress(LONG, 0, 0, bar=False) as shown:
         take(shown, clock, 28.0)
         (line,) = lines(capsys)
         take(shown, clock, 28.0, steps=3)
@@ -32,7 +38,7 @@ def test_a_long_run_says_so_as_soon_as_steps_are_timed_and_names_a_shorter_one(c
 
 
 def test_a_resumed_run_speaks_of_what_is_left(clock, capsys):
-    with TrainingProgress(PRESETS["mnist"], 30_000, 0, bar=False) as shown:
+    with TrainingProgress(LONG, 30_000, 0, bar=False) as shown:
         take(shown, clock, 3.0)
     assert lines(capsys)[0].startswith("9,999 more steps: about 8.3 hours here (3 s per step)")
 
@@ -60,7 +66,7 @@ def test_what_is_logged_is_said_but_not_more_often_than_every_few_seconds(clock,
 
 
 def test_a_line_is_due_where_logging_is_far_apart(clock):
-    with TrainingProgress(PRESETS["mnist"], 0, 0, bar=False) as shown:
+    with TrainingProgress(LONG, 0, 0, bar=False) as shown:
         take(shown, clock, 29.0)
         take(shown, clock, 29.0)
         assert not shown.line_due()  # the outlook was just said
