@@ -39,19 +39,12 @@ PRESETS: dict[str, Config] = {
         training=_fast_training(700),
         sampling=_FAST_SAMPLER,
     ),
-    # Thousands of digits, and of small pictures, in minutes on two CPU cores.
+    # Thousands of digits in minutes on two CPU cores.
     "mnist": Config(
         preset="mnist",
         unet=UNetConfig(1, 28, 28, 16, (1, 2, 4), res_blocks=1, attention_resolutions=(), groups=8),
         diffusion=_FAST,
         training=_fast_training(1000),
-        sampling=_FAST_SAMPLER,
-    ),
-    "icons32": Config(
-        preset="icons32",
-        unet=UNetConfig(3, 32, 32, 24, (1, 2, 4), res_blocks=1, attention_resolutions=(), groups=8),
-        diffusion=_FAST,
-        training=_fast_training(600),
         sampling=_FAST_SAMPLER,
     ),
     # Ho et al. 2020, Appendix B.

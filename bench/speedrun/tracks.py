@@ -85,15 +85,8 @@ TRACKS = {
         Track(
             "mnist",
             "mnist",
-            (Target("frechet_pixels", 99), Target("confident", 0.7, least=True)),
-            Target("frechet_features", 99),
-            DPM_20,
-        ),
-        Track(
-            "icons",
-            "icons32",
-            (Target("frechet_pixels", 999),),
-            Target("frechet_features", 99),
+            (Target("frechet_pixels", 12),),
+            Target("frechet_features", 3),
             DPM_20,
         ),
     )

@@ -128,10 +128,20 @@ def _name(more_seed: int) -> str:
     return f"two seeds, {more_seed} apart"
 
 
+def _is_uniform(config: Config) -> bool:
+    return config.training.timestep_density == "uniform" or config.diffusion.timesteps == 1
+
+
+def _shares_of_t(config: Config) -> Tensor:
+    """Return how likely each class of t is."""
+    shares = None if _is_uniform(config) else textbook.laplace_shares(config.diffusion)
+    return shares_of_integers(config.diffusion.timesteps, shares)
+
+
 def check_timesteps(config: Config, draws: dict[int, TrainingDraws]) -> CheckResult:
     """Check that t is from exactly 0..T-1, as often as configured, and independent over examples and seeds."""
     total, t = config.diffusion.timesteps, draws[0].t
-    uniform = config.training.timestep_density == "uniform" or total == 1
+    uniform = _is_uniform(config)
     density = "uniform" if uniform else "Laplace's"
     name, expected = f"t is {density} and independent", f"all of 0..{total - 1}, as often as that, in no pattern"
     rarest = noise.integer_below(torch.tensor([0, 2**32 - 1], device=t.device), total)
@@ -140,7 +150,7 @@ def check_timesteps(config: Config, draws: dict[int, TrainingDraws]) -> CheckRes
     if low < 0 or high >= total or (often and (low, high) != (0, total - 1)):
         return CheckResult("timesteps", name, judged(False), expected, f"{low}..{high}", NOISE)
     classes = {more: classes_of_integers(d.t, total) for more, d in draws.items()}
-    shares = shares_of_integers(total, None if uniform else textbook.laplace_shares(config.diffusion))
+    shares = _shares_of_t(config)
     first = classes[0]
     chances = {"how often each class of t occurs": of_counts(first.bincount(minlength=len(shares)).cpu(), shares)}
     if often:
@@ -221,7 +231,7 @@ def check_training_noise(config: Config, draws: dict[int, TrainingDraws], few: T
     chances = _likenesses(classes[0])
     for more in OTHER_SEEDS:
         chances[f"the likeness of {_name(more)}"] = of_independence(classes[0], classes[more])
-    t_classes, t_shares = classes_of_integers(few.t, total), shares_of_integers(total)
+    t_classes, t_shares = classes_of_integers(few.t, total), _shares_of_t(config)
     for channel, values in enumerate(classes_of_normal(few.eps[:, :, 0, 0]).unbind(1)):
         chances[f"the likeness of t and channel {channel}"] = of_independence(t_classes, values, t_shares)
     name = "the noise in training is independent"

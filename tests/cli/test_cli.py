@@ -18,7 +18,9 @@ from ddpm_fast.cli import main as cli
 from ddpm_fast.runs.directory import read_config
 
 TINY = "--channels 8 --channel-multipliers 1 --res-blocks 1 --attention-resolutions --groups 4 --batch-size 4"
-TINY_RUN = f"{TINY} --steps 3 --sample-every 0 --timesteps 25 --schedule linear --beta-end 0.5 --device cpu"
+TINY_RUN = (
+    f"{TINY} --steps 3 --cooldown 0 --sample-every 0 --timesteps 25 --schedule linear --beta-end 0.5 --device cpu"
+)
 
 
 def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -131,11 +133,11 @@ def test_sampling_writes_what_is_promised_and_touches_nothing_else(trained, tmp_
     with Image.open(out / "000017.png") as image:
         assert (image.mode, image.size) == ("L", (8, 8))
     facts = json.loads((out / "samples.json").read_text())
-    expected = {"seed": 5, "first_index": 17, "count": 3, "sampler": "ddpm", "steps": 25, "weights": "ema"}
+    expected = {"seed": 5, "first_index": 17, "count": 3, "sampler": "dpm++", "steps": 20, "weights": "ema"}
     assert facts | expected == facts
     assert facts["seconds"] > 0
     with Image.open(out / "animation.gif") as image:
-        assert getattr(image, "n_frames", 1) > 10  # of 25 steps; Pillow leaves out frames that are like the last
+        assert getattr(image, "n_frames", 1) > 10  # of 20 steps; Pillow leaves out frames that are like the last
 
 
 def test_image_17_is_image_17(trained, tmp_path, capsys):
@@ -191,11 +193,11 @@ def test_what_is_whole_but_no_run_s_is_not_resumed_with_the_preset_s_defaults(tm
 
 
 def test_a_failed_check_exits_with_3_and_writes_nothing(tmp_path, capsys):
-    hopeless = f"{TINY_RUN} --learning-rate 3"
+    hopeless = f"{TINY_RUN} --learning-rate 30"
     status, out, err = run(f"train --out {tmp_path}/run {hopeless}", capsys)
     assert status == 3
-    assert re.search(r"\n  FAIL    some steps at --learning-rate 3 lower the loss.*; look at --learning-rate\n", out)
-    assert "CHANGED --learning-rate is near its preset's: expected about 0.001" in out
+    assert re.search(r"\n  FAIL    some steps at --learning-rate 30 lower the loss.*; look at --learning-rate\n", out)
+    assert "CHANGED --learning-rate is near its preset's: expected about 0.002" in out
     assert err == "ddpm-fast: the mathematics is wrong: nothing was trained\n"
     assert not (tmp_path / "run").exists()
     status, out, err = run(f"check {hopeless}", capsys)
@@ -205,9 +207,9 @@ def test_a_failed_check_exits_with_3_and_writes_nothing(tmp_path, capsys):
 
 
 def test_a_fault_that_is_accepted_is_trained_with_and_remembered(tmp_path, capsys):
-    hopeless = f"{TINY_RUN} --learning-rate 3 --accept fit"
+    hopeless = f"{TINY_RUN} --learning-rate 30 --accept fit"
     status, out, _ = run(f"train --out {tmp_path}/run {hopeless}", capsys)
-    assert (status, "CHANGED some steps at --learning-rate 3 lower" in out) == (0, True)
+    assert (status, "CHANGED some steps at --learning-rate 30 lower" in out) == (0, True)
     found = read_config(tmp_path / "run")
     assert found is not None
     assert found[0].checks.accept == ("fit",)

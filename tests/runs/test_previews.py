@@ -69,7 +69,7 @@ def test_what_takes_longer_than_its_share_is_smaller_or_left_out(tmp_path):
 
 def test_grids_share_their_time_since_the_last(tmp_path):
     standing = Standing(100)
-    previews = Previews(PRESETS["digits"], tmp_path, standing, False)  # pyright: ignore[reportArgumentType]
+    previews = Previews(DIGITS, tmp_path, standing, False)  # pyright: ignore[reportArgumentType]
     assert previews.images_due(False, 10.0, 0.1) == 64
     standing.step = 200
     assert previews.images_due(False, 11.0, 0.1) == 16

@@ -32,8 +32,8 @@ def test_a_long_run_says_so_as_soon_as_steps_are_timed_and_names_a_shorter_one(c
         take(shown, clock, 28.0)
         (line,) = lines(capsys)
         take(shown, clock, 28.0, steps=3)
-    # mnist's steps have 148 times the FLOPs of digits' 1,200
-    assert line == "40,000 steps: about 13 days here (28 s per step); --preset digits takes about 4 min"
+    # a step has 297 times the FLOPs of one of digits' 700
+    assert line == "40,000 steps: about 13 days here (28 s per step); --preset digits takes about 66 s"
     assert lines(capsys) == []
 
 
