@@ -222,6 +222,7 @@ def test_training_with_kernels_is_the_textbooks():
     assert_trains_as_the_textbook(engine(config, kernels=True), steps, first_step=COOLING["steps"] - steps)
 
 
+@pytest.mark.slow
 def test_compiled_training_is_the_textbooks():
     assert_trains_as_the_textbook(engine(configuration("v", SMALL), execution=AotEager(compiled=True)))
 

@@ -25,11 +25,10 @@ from ddpm_fast.cli.waiting import wait_politely
 from ddpm_fast.config import Config, with_training
 from ddpm_fast.data.batches import split
 from ddpm_fast.data.dataset import open_dataset
-from ddpm_fast.data.labels import read_labels
 from ddpm_fast.engine.execution import choose_device
 from ddpm_fast.engine.threads import choose_threads
 from ddpm_fast.errors import InputError
-from ddpm_fast.quality.evaluator import Evaluator
+from ddpm_fast.runs.scores import evaluator_of
 
 PAGE = Path(__file__).parents[2] / "profiles" / "speedrun.md"
 
@@ -48,18 +47,12 @@ def parsed_arguments() -> tuple[argparse.Namespace, list[str]]:
 def run(config: Config, track: Track, names: list[str], seeds: list[int]) -> list[Standing]:
     """Race once for each seed, saying where loops stand as soon as that is known."""
     dataset = open_dataset(config.data, config.unet)
-    trained, held_out = (rows.numpy() for rows in split(len(dataset), config.data.holdout))
-    labels = read_labels(config.data, len(dataset))
-    evaluator = Evaluator(
-        dataset.images[trained],
-        None if labels is None else labels[trained],
-        dataset.images[held_out],
-        f"{dataset.fingerprint}-{config.data.holdout}",
-    )
+    trained = dataset.images[split(len(dataset), config.data.holdout)[0].numpy()]
+    evaluator = evaluator_of(config, dataset)
     standings: list[Standing] = []
     for seed in seeds:
         seeded = with_training(config, seed=seed)
-        loops = {name: build(name, seeded, dataset, dataset.images[trained]) for name in names}
+        loops = {name: build(name, seeded, dataset, trained) for name in names}
         for standing in race(loops, track, evaluator.score):
             standings.append(standing)
             scores = ", ".join(f"{target.score} {standing.scores[target.score]:.3g}" for target in track.targets)
