@@ -184,7 +184,7 @@ def check_flips(config: Config, draws: dict[int, TrainingDraws]) -> Iterator[Che
         return
     halves, first = torch.tensor([0.5, 0.5]), mirrored.long()
     others = {more: ((draws[more].x_start - image.flip(-1)).abs() < 1e-5).all(dim=(1, 2, 3)) for more in OTHER_SEEDS}
-    t_classes, t_shares = classes_of_integers(draws[0].t[: len(first)], total), shares_of_integers(total)
+    t_classes, t_shares = classes_of_integers(draws[0].t[: len(first)], total), _shares_of_t(config)
     chances = {f"{share:.1%} mirrored": of_counts(first.bincount(minlength=2).cpu(), halves)}
     chances["the likeness of one example and the next"] = of_independence(first[1:], first[:-1], halves, halves)
     chances["the likeness of flips and t"] = of_independence(first, t_classes, halves, t_shares)
