@@ -12,6 +12,9 @@ STEPS, MOST = 5, 10
 SMALL = 0.01
 """Of the loss of predicting nothing of images from black to white. Below it a step may do harm: where all images are
 grey and x0 is predicted, a new network is as good as can be."""
+LOST = 1e-7
+"""Rate of a step, as in a warm-up far longer than the run, that float32 rounds away: whether the loss falls is chance.
+That it is the rate asked for is the optimizer's check."""
 CAREFUL = 1e-3
 """Share of the rate that is tried where the rate itself fails."""
 
@@ -21,11 +24,12 @@ def check_fit(trainer: Trainer, number: int) -> CheckResult:
 
     Args:
         trainer: of a small batch; its weights move.
-        number: of the step that is taken again and again, past the warm-up.
+        number: of the step that is taken again and again, past the warm-up where the run gets that far.
     """
     start, config = copy_of_state(trainer), trainer.config
     rate, examples = config.training.learning_rate, config.training.batch_size
-    losses, right = _fit(trainer, number)
+    losses, fell = _fit(trainer, number)
+    right = fell or float(trainer.figures.learning_rate) < LOST
     name = f"some steps at --learning-rate {rate:g} lower the loss of {examples} examples"
     expected, found = f"below {losses[0]:.4g}", f"{losses[-1]:.4g} after {len(losses) - 1} steps"
     file = "ddpm_fast/engine/trainer.py"
