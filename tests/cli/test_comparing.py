@@ -22,6 +22,7 @@ SMALL = [
     "32",
 ]
 SMALL += ["--sample-every", "0", "--warmup-steps", "1", "--accept", "configuration"]
+SMALL += ["--prediction", "eps", "--learning-rate", "1e-3", "--cooldown", "0", "--timestep-density", "uniform"]
 
 
 @pytest.fixture(scope="module")

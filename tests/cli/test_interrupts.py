@@ -14,7 +14,7 @@ pytest.importorskip("tyro")
 
 SOON = 20.0
 """Seconds, of a machine that does other things as well; when it is idle the process ends in one."""
-MNIST = "--preset mnist --batch-size 2 --device cpu --out run"
+SLOW = "--preset mnist --channels 64 --channel-multipliers 1 2 2 --res-blocks 2 --batch-size 2 --device cpu --out run"
 
 
 def interrupted(directory: Path, arguments: str, said: str, number: int) -> tuple[int, str]:
@@ -67,7 +67,7 @@ def test_a_signal_is_obeyed_while_numpy_is_imported(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_grid_is_left_and_the_steps_are_kept(tmp_path, number):
     np.save(tmp_path / "images.npy", np.zeros((8, 28, 28), dtype=np.uint8))
-    status, output = interrupted(tmp_path, f"train {MNIST} --data images.npy --steps 1", "step 1 of 1", number)
+    status, output = interrupted(tmp_path, f"train {SLOW} --data images.npy --steps 1", "step 1 of 1", number)
     assert status == 128 + number
     assert "saved step 1" in output
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-0000001\n"
