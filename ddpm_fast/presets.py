@@ -9,43 +9,32 @@ from ddpm_fast.config import NO_FLAGS, Config, DataConfig, DiffusionConfig, Samp
 from ddpm_fast.errors import InputError, nearest, require_known
 
 _PAPER_256 = UNetConfig(height=256, width=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
-_FAST = DiffusionConfig(schedule="cosine", prediction="v", variance="small")
-_FAST_SAMPLER = SamplerConfig("dpm++", 20)
-
-
-def _fast_training(steps: int) -> TrainingConfig:
-    """Return how a small network learns most within minutes: profiles/speedrun.md says what each choice is worth."""
-    return TrainingConfig(
-        steps=steps,
-        batch_size=32,
-        learning_rate=2e-3,
-        warmup_steps=50,
-        cooldown=0.5,
-        timestep_density="laplace",
-        ema_decay=0.995,
-        save_every=steps // 2,
-        sample_every=steps // 2,
-    )
-
 
 PRESETS: dict[str, Config] = {
-    # 1,797 handwritten digits of 8x8, in half a minute on two CPU cores. One ResBlock per level gave the best samples
-    # in that time.
+    # 1,797 handwritten digits of 8x8, in half a minute on two CPU cores; profiles/speedrun.md says what each choice
+    # is worth. One ResBlock per level gave the best samples in that time.
     "digits": Config(
         preset="digits",
         unet=UNetConfig(1, 8, 8, 32, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=8),
-        diffusion=_FAST,
+        diffusion=DiffusionConfig(schedule="cosine", prediction="v", variance="small"),
         data=DataConfig(data="digits"),
-        training=_fast_training(700),
-        sampling=_FAST_SAMPLER,
+        training=TrainingConfig(
+            steps=700,
+            batch_size=32,
+            learning_rate=2e-3,
+            warmup_steps=50,
+            cooldown=0.5,
+            timestep_density="laplace",
+            ema_decay=0.995,
+            save_every=350,
+            sample_every=350,
+        ),
+        sampling=SamplerConfig("dpm++", 20),
     ),
-    # Thousands of digits in minutes on two CPU cores.
     "mnist": Config(
         preset="mnist",
-        unet=UNetConfig(1, 28, 28, 16, (1, 2, 4), res_blocks=1, attention_resolutions=(), groups=8),
-        diffusion=_FAST,
-        training=_fast_training(1000),
-        sampling=_FAST_SAMPLER,
+        unet=UNetConfig(1, 28, 28, channels=64, channel_multipliers=(1, 2, 2), attention_resolutions=(14,)),
+        training=TrainingConfig(steps=40_000, warmup_steps=1000, ema_decay=0.999),
     ),
     # Ho et al. 2020, Appendix B.
     "cifar10": Config(preset="cifar10", unet=UNetConfig(dropout=0.1), data=DataConfig(flip=True)),

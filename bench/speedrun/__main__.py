@@ -1,7 +1,6 @@
 """How long does training take to a stated quality, here, and beside others?
 
     python -m bench.speedrun digits
-    python -m bench.speedrun mnist --data images.npz
     python -m bench.speedrun digits --seeds 0 --alone --steps 300      while choosing: any flag of train, one seed
 
 trains the track's recipe and two plain diffusers loops in turns, once for each seed, and prints where each stood. With

@@ -70,7 +70,7 @@ class Track:
         return dataclasses.replace(config, data=part)
 
 
-DDIM_50, DPM_20 = SamplerConfig("ddim", 50), SamplerConfig("dpm++", 20)
+DDIM_50 = SamplerConfig("ddim", 50)
 TRACKS = {
     track.name: track
     for track in (
@@ -81,13 +81,6 @@ TRACKS = {
             Target("frechet_features", 3.5),
             DDIM_50,
             own_data=True,
-        ),
-        Track(
-            "mnist",
-            "mnist",
-            (Target("frechet_pixels", 12),),
-            Target("frechet_features", 3),
-            DPM_20,
         ),
     )
 }
