@@ -13,7 +13,8 @@ x_start is its x_0, an image in [-1, 1]; x_t is that image at timestep t; eps is
 Shapes: N images, C channels, H x W pixels, T timesteps, K of them visited, E = 4 * channels in the time embedding.
 
 `random` is where random numbers come from: torch, or anything with functions like its randn, randint and rand. Given
-the engine's numbers, this file computes the engine's losses and images, and the tests hold the engine to it.
+the engine's numbers, this file computes the engine's losses and images, and the tests hold the engine to it. What the
+engine adds changes no formula: reading images, seeds, gradient accumulation, bfloat16, kernels, checkpoints.
 """
 
 import copy
@@ -238,7 +239,8 @@ def sample_ddpm(unet: nn.Module, x: Tensor, process: ForwardProcess, random: Any
         alpha_bar, alpha_bar_prev = process.alpha_bar[t], process.alpha_bar_prev[t]
         alpha, beta = alpha_bar / alpha_bar_prev, 1 - alpha_bar / alpha_bar_prev
         mean = (alpha_bar_prev.sqrt() * beta * x_start + alpha.sqrt() * (1 - alpha_bar_prev) * x) / (1 - alpha_bar)
-        variance = {"large": beta, "small": (1 - alpha_bar_prev) / (1 - alpha_bar) * beta}[process.config.variance]
+        posterior_variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta  # Equation 7
+        variance = {"large": beta, "small": posterior_variance}[process.config.variance]  # Section 3.2
         x = mean + variance.sqrt() * random.randn(x.shape) if t > 0 else mean
     return x
 
@@ -279,7 +281,8 @@ def main() -> None:
 
     training = TrainingConfig(steps=800, batch_size=64, learning_rate=1e-3, warmup_steps=100, ema_decay=0.995)
     unet_config = UNetConfig(1, 8, 8, 32, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=8)
-    config = Config(unet=unet_config, diffusion=DiffusionConfig(schedule="cosine"), training=training)
+    diffusion = DiffusionConfig(schedule="cosine", variance="small")
+    config = Config(unet=unet_config, diffusion=diffusion, training=training)
     digits = torch.from_numpy(load_digits(return_X_y=True)[0]).view(-1, 1, 8, 8) * (255 / 16)  # of 0..16
     unet = UNet(unet_config)
     ema = copy.deepcopy(unet).eval()
