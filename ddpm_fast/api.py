@@ -19,9 +19,9 @@ from ddpm_fast.data.batches import split
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.errors import MathematicsError, require
 from ddpm_fast.files import require_writable
+from ddpm_fast.flags import with_flags
 from ddpm_fast.options import LoadOptions, StartOptions
 from ddpm_fast.presets import preset as find_preset
-from ddpm_fast.presets import with_flags
 from ddpm_fast.runs import checkpoint, decisions, evaluation, origin, scores
 from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run, what_will_differ

@@ -4,11 +4,10 @@ Shapes: N images, C channels, H x W pixels, T diffusion timesteps. Imports nothi
 `ddpm-fast --help` answers at once.
 """
 
-import dataclasses
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ddpm_fast.errors import flag, require, require_known, require_object, require_seed, require_types
+from ddpm_fast.errors import flag, require, require_seed, require_types
 
 Prediction = Literal["eps", "x0", "v"]
 Variance = Literal["small", "large"]
@@ -254,47 +253,6 @@ class Config:
     """What makes images unless a sampler is asked for; training does not depend on it."""
 
 
-NO_FLAGS = "sampling"  # the part of a configuration whose fields no flag of train sets: they are a preset's
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as nested dictionaries of plain values, ready for JSON."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(values: Any) -> Config:
-    """Rebuild a configuration from `to_dict`'s form.
-
-    Raises:
-        InputError: a key is unknown, a part is no dictionary, or a value is refused by its dataclass.
-    """
-    parts = {f.name: f.type for f in dataclasses.fields(Config) if isinstance(f.type, type) and f.type is not str}
-    require_object("the configuration", values)
-    for name in parts:
-        require_object(f"configuration key {name!r}", values.get(name, {}))
-    return _part_from_dict(Config, {k: _part_from_dict(parts[k], v) if k in parts else v for k, v in values.items()})
-
-
-def _part_from_dict(cls: type, values: dict[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    require_known("configuration key", values, known)
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
 def with_training(config: Config, **changes: Any) -> Config:
     """Return the configuration with fields of its `training` part replaced."""
     return replace(config, training=replace(config.training, **changes))
-
-
-def changed_flags(base: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the fields that are flags in which two configurations differ, by name, with both values."""
-    before, now = (_flat(to_dict(config)) for config in (base, other))
-    return {name: (before[name], now[name]) for name in now if before[name] != now[name]}
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in values.items():
-        if name != NO_FLAGS:
-            fields |= value if isinstance(value, dict) else {name: value}
-    return fields

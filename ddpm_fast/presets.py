@@ -1,12 +1,7 @@
 """The presets: what a run is unless flags say otherwise."""
 
-import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from ddpm_fast.config import NO_FLAGS, Config, DataConfig, DiffusionConfig, SamplerConfig, TrainingConfig, UNetConfig
-from ddpm_fast.errors import InputError, nearest, require_known
+from ddpm_fast.config import Config, DataConfig, DiffusionConfig, SamplerConfig, TrainingConfig, UNetConfig
+from ddpm_fast.errors import InputError, nearest
 
 _PAPER_256 = UNetConfig(height=256, width=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
 
@@ -64,28 +59,3 @@ def preset(name: str) -> Config:
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}.{nearest(str(name), PRESETS)}")
     return PRESETS[name]
-
-
-def with_flags(config: Config, flags: Mapping[str, Any]) -> Config:
-    """Return the configuration with fields of its parts replaced, by their names alone, as flags are.
-
-    A list counts as a tuple and a path as its text.
-
-    Raises:
-        InputError: a name is unknown (the nearest is suggested), or a value is refused.
-    """
-    parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("preset", NO_FLAGS)}
-    known = [f.name for part in parts.values() for f in dataclasses.fields(part)]
-    require_known("keyword", flags, known)
-    for owner, part in parts.items():
-        own = {f.name: _plain(flags[f.name]) for f in dataclasses.fields(part) if f.name in flags}
-        parts[owner] = dataclasses.replace(part, **own)
-    return dataclasses.replace(config, **parts)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:  # one of NumPy's numbers
-        return value.item()
-    return tuple(value) if isinstance(value, list) else value

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_fast import config, presets
+from ddpm_fast import config, flags, presets
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, SamplerConfig, TrainingConfig, UNetConfig
 from ddpm_fast.errors import MEANT, InputError, flag
 from ddpm_fast.options import LoadOptions, SamplingOptions
@@ -83,9 +83,9 @@ def test_the_help_names_every_preset():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name):
-    values = json.loads(json.dumps(config.to_dict(PRESETS[name])))
-    assert config.from_dict(values) == PRESETS[name]
-    assert config.from_dict(config.to_dict(PRESETS[name])) == PRESETS[name]
+    values = json.loads(json.dumps(flags.to_dict(PRESETS[name])))
+    assert flags.from_dict(values) == PRESETS[name]
+    assert flags.from_dict(flags.to_dict(PRESETS[name])) == PRESETS[name]
     assert PRESETS[name].preset == name
 
 
@@ -105,35 +105,35 @@ def test_every_field_survives_a_round_trip_when_it_is_not_the_default():
         for field in dataclasses.fields(getattr(changed, part.name)):
             here, there = (getattr(getattr(c, part.name), field.name) for c in (changed, default))
             assert here != there, f"{part.name}.{field.name} is not tried: give it a value here"
-    assert config.from_dict(json.loads(json.dumps(config.to_dict(changed)))) == changed
+    assert flags.from_dict(json.loads(json.dumps(flags.to_dict(changed)))) == changed
 
 
 @pytest.mark.parametrize(("part", "key", "suggestion"), [("unet", "chanels", "channels"), ("training", "sed", "seed")])
 def test_unknown_key_is_refused_and_the_nearest_suggested(part, key, suggestion):
-    values = config.to_dict(Config())
+    values = flags.to_dict(Config())
     values[part][key] = 1
     with pytest.raises(InputError, match=f"unknown configuration key '{key}'. Did you mean '{suggestion}'"):
-        config.from_dict(values)
+        flags.from_dict(values)
     with pytest.raises(InputError, match=r"unknown configuration key 'trainin'. Did you mean 'training'"):
-        config.from_dict({"trainin": {}})
+        flags.from_dict({"trainin": {}})
 
 
 def test_a_configuration_of_before_samplers_were_part_of_it_has_the_papers():
-    values = config.to_dict(Config(sampling=SamplerConfig("ddim", 50)))
-    assert config.from_dict(values).sampling == SamplerConfig("ddim", 50)
+    values = flags.to_dict(Config(sampling=SamplerConfig("ddim", 50)))
+    assert flags.from_dict(values).sampling == SamplerConfig("ddim", 50)
     del values["sampling"]
-    assert config.from_dict(values) == Config()
+    assert flags.from_dict(values) == Config()
 
 
 def test_the_sampler_is_no_flag():
     """Its steps are not training's: no keyword, no difference between two runs."""
     quick = Config(sampling=SamplerConfig("dpm++", 20))
-    assert presets.with_flags(quick, {"steps": 7}).sampling.steps == 20
-    assert presets.with_flags(quick, {"steps": 7}).training.steps == 7
+    assert flags.with_flags(quick, {"steps": 7}).sampling.steps == 20
+    assert flags.with_flags(quick, {"steps": 7}).training.steps == 7
     with pytest.raises(InputError, match="unknown keyword 'sampler'"):
-        presets.with_flags(quick, {"sampler": "ddim"})
-    assert config.changed_flags(Config(), quick) == {}
-    assert config.changed_flags(quick, config.with_training(quick, steps=7)) == {"steps": (800_000, 7)}
+        flags.with_flags(quick, {"sampler": "ddim"})
+    assert flags.changed_flags(Config(), quick) == {}
+    assert flags.changed_flags(quick, config.with_training(quick, steps=7)) == {"steps": (800_000, 7)}
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_a_sampler_that_is_left_out_is_the_runs_own(asked, meant):
 
 def test_a_part_that_is_no_object_is_refused():
     with pytest.raises(InputError, match="configuration key 'unet' is 3, not an object"):
-        config.from_dict({"unet": 3})
+        flags.from_dict({"unet": 3})
     with pytest.raises(InputError, match=r"the configuration is \[\], not an object"):
-        config.from_dict([])
+        flags.from_dict([])
 
 
 @pytest.mark.parametrize(
@@ -192,19 +192,19 @@ def test_wrong_types_and_choices_are_refused_in_one_line(cls, field, value, says
 
 
 def test_flags_reach_the_part_that_they_belong_to():
-    flags = {"height": 64, "channel_multipliers": [1, 2, 4], "data": Path("photos"), "seed": 4}
-    changed = presets.with_flags(Config(), flags)
+    values = {"height": 64, "channel_multipliers": [1, 2, 4], "data": Path("photos"), "seed": 4}
+    changed = flags.with_flags(Config(), values)
     assert changed.unet == UNetConfig(height=64, channel_multipliers=(1, 2, 4))
     assert (changed.data, changed.training) == (DataConfig("photos"), TrainingConfig(seed=4))
-    assert presets.with_flags(Config(), {}) == Config()
+    assert flags.with_flags(Config(), {}) == Config()
 
 
 @pytest.mark.parametrize(("name", "meant"), [("lr", "learning_rate"), ("batchsize", "batch_size"), ("gpus", "device")])
 def test_unknown_flags_are_refused_and_the_nearest_suggested(name, meant):
     with pytest.raises(InputError, match=rf"unknown keyword '{name}'. Did you mean '{meant}'\?"):
-        presets.with_flags(Config(), {name: 1})
+        flags.with_flags(Config(), {name: 1})
     with pytest.raises(InputError, match=r"unknown keyword 'zzz'.$"):
-        presets.with_flags(Config(), {"zzz": 1})
+        flags.with_flags(Config(), {"zzz": 1})
 
 
 def test_every_synonym_stands_for_something_that_there_is():
@@ -216,10 +216,10 @@ def test_every_synonym_stands_for_something_that_there_is():
 
 
 def test_bad_value_inside_a_saved_configuration_is_refused():
-    values = config.to_dict(Config())
+    values = flags.to_dict(Config())
     values["unet"]["height"] = 33
     with pytest.raises(InputError, match="height 33"):
-        config.from_dict(values)
+        flags.from_dict(values)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,19 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ENGINE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "kernels"]
 OURS = [*ENGINE, *KERNELS, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 
-ROOMS = ["errors", "constants", "config", "options", "presets", "files", "progress", "textbook", "diffusion", "ops"]
+ROOMS = [
+    "errors",
+    "constants",
+    "config",
+    "options",
+    "presets",
+    "flags",
+    "files",
+    "progress",
+    "textbook",
+    "diffusion",
+    "ops",
+]
 ROOMS += ["model", "engine", "quality", "runs", "checks", "api", "cli", "__main__", "__init__"]
 """From left to right: a room imports itself and what is left of it."""
 NO_MORE_THAN = {

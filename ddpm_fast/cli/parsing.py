@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import tyro
 
-from ddpm_fast.config import NO_FLAGS, SamplerConfig
+from ddpm_fast.config import SamplerConfig
 from ddpm_fast.errors import InputError, flag, nearest
+from ddpm_fast.flags import NO_FLAGS
 
 T = TypeVar("T")
 

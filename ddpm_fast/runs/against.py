@@ -12,10 +12,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpm_fast.config import Config, changed_flags
+from ddpm_fast.config import Config
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file
+from ddpm_fast.flags import changed_flags
 from ddpm_fast.runs import evaluation
 from ddpm_fast.runs.compare import (
     LOSS_IS_NOT_QUALITY,

@@ -19,9 +19,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ddpm_fast.config import Config, from_dict, to_dict
+from ddpm_fast.config import Config
 from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file, whole, write_synced
+from ddpm_fast.flags import from_dict, to_dict
 
 FORMAT = "ddpm-fast checkpoint 1"
 TENSOR_FILES = ("model", "ema", "optimizer")

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.config import Config, changed_flags
+from ddpm_fast.config import Config
 from ddpm_fast.errors import InputError, flag
+from ddpm_fast.flags import changed_flags
 from ddpm_fast.runs import evaluation, origin
 from ddpm_fast.runs.directory import read_config, read_metrics
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from ddpm_fast import __version__
-from ddpm_fast.config import Config, changed_flags, from_dict, to_dict, with_training
+from ddpm_fast.config import Config, with_training
 from ddpm_fast.errors import InputError, flag
 from ddpm_fast.files import replace_file, writing
+from ddpm_fast.flags import changed_flags, from_dict, to_dict
 from ddpm_fast.runs import checkpoint, evaluation, grids
 
 

@@ -7,7 +7,8 @@ import pytest
 from ddpm_fast.checks.configuration import MEASURES, check_configuration
 from ddpm_fast.checks.results import Verdict
 from ddpm_fast.config import Config
-from ddpm_fast.presets import PRESETS, with_flags
+from ddpm_fast.flags import with_flags
+from ddpm_fast.presets import PRESETS
 
 CIFAR10 = PRESETS["cifar10"]
 
