@@ -62,19 +62,23 @@ def whole(path: Path, sync: bool = True, remedy: str = ANOTHER_OUT) -> Iterator[
         InputError: it cannot be written; nothing is left behind.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    old = temporary.with_name(f"{temporary.name}.old")
     with writing(path, remedy):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if sync:
                 _sync(temporary)
-            if path.is_dir():
-                shutil.rmtree(path)
+            if path.is_dir():  # which no rename replaces; a kill between the two leaves none, but never half of one
+                path.replace(old)
             temporary.replace(path)
             if sync:
                 _sync(path.parent)  # the name, too
         finally:
+            if old.exists() and not path.exists():
+                old.replace(path)
             _remove(temporary)
+            _remove(old)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not at all, and never unpickled."""
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -122,4 +123,88 @@ def test_safetensors_hold_no_metadata_and_state_no_time(tmp_path):
     path = save(tmp_path, 3)
     header = (path / "model.safetensors").read_bytes()
     assert b"__metadata__" not in header
-    assert set(json.loads((path / "state.json").read_text())) == {"format", "step", "fingerprint", "config"}
+    said = {"format", "step", "fingerprint", "config", "digests", "digest"}
+    assert set(json.loads((path / "state.json").read_text())) == said
+
+
+def flip(file: Path, byte: int, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[byte] ^= 1 << bit
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"])
+def test_any_flipped_bit_is_refused_by_the_name_of_the_file(tmp_path, name):
+    file = save(tmp_path, 1) / name
+    whole = file.read_bytes()
+    for byte in range(0, len(whole), 19 if name == "state.json" else 5):
+        flip(file, byte, byte % 8)
+        with pytest.raises(InputError, match=name) as refused:
+            checkpoint.read(file.parent).verify()
+        assert "\n" not in str(refused.value)
+        file.write_bytes(whole)
+    checkpoint.read(file.parent).verify()
+
+
+def test_the_digests_are_blake2_as_the_standard_library_has_it(tmp_path):
+    path = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    for part, digest in state["digests"].items():
+        assert hashlib.blake2b((path / f"{part}.safetensors").read_bytes(), digest_size=32).hexdigest() == digest
+    assert state["digests"].keys() == set(checkpoint.TENSOR_FILES)
+
+
+def test_damaged_weights_are_not_read_and_an_older_checkpoint_is_taken_saying_so(tmp_path, capsys):
+    save(tmp_path, 1)
+    flip(save(tmp_path, 2) / "ema.safetensors", -1, 5)
+    with pytest.raises(InputError, match=r"step-0000002/ema.safetensors: it is damaged"):
+        checkpoint.read(tmp_path / "checkpoints/step-0000002").tensors("ema")
+    found = checkpoint.resolve(tmp_path, ("ema",))
+    assert found.step == 1
+    said = capsys.readouterr().err
+    assert "passed over:" in said
+    assert "step-0000002/ema.safetensors" in said
+    assert "taking step 1" in said
+    assert checkpoint.resolve(tmp_path, ("model",)).step == 2
+    assert capsys.readouterr().err == ""
+    flip(tmp_path / "checkpoints/step-0000001/state.json", 30, 1)
+    with pytest.raises(InputError, match=r"step-0000002/ema.safetensors: it is damaged"):
+        checkpoint.resolve(tmp_path, ("ema",))
+
+
+def test_a_checkpoint_of_the_first_format_which_had_no_digests_is_read(tmp_path):
+    path = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    del state["digests"], state["digest"]
+    (path / "state.json").write_bytes(checkpoint.to_json(state | {"format": "ddpm-fast checkpoint 1"}))
+    found = checkpoint.resolve(tmp_path)
+    assert (found.step, found.config, found.tensors("ema").keys()) == (1, PRESETS["digits"], TENSOR_FILES["ema"].keys())
+
+
+def test_a_checkpoint_that_was_renamed_before_latest_was_written_is_the_newest(tmp_path):
+    """As a kill between the two leaves it."""
+    for step in (1, 10_000_000):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints/latest").write_text("step-0000001\n")
+    assert checkpoint.resolve(tmp_path).step == 10_000_000
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_or_stays(tmp_path, monkeypatch):
+    path = save(tmp_path, 1)
+    (path / "mine").touch()
+    replace, calls = Path.replace, []
+
+    def fail_at_the_second(old: Path, new: Path) -> Path:
+        calls.append(old.name)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        return replace(old, new)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Path, "replace", fail_at_the_second)
+        with pytest.raises(InputError, match="Input/output error"):
+            save(tmp_path, 1)
+    assert (path / "mine").exists()
+    save(tmp_path, 1)
+    assert not (path / "mine").exists()
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["latest", "step-0000001"]

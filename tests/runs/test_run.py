@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pkgutil
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_two_equal_runs_are_equal_bytes(tmp_path):
 
 def test_resume_cuts_metrics_back_to_the_checkpoint(tmp_path):
     run(tmp_path).train()
-    (tmp_path / "checkpoints/latest").write_text("step-0000003\n")
+    shutil.rmtree(tmp_path / "checkpoints/step-0000006")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
     run(tmp_path, resume=True)
