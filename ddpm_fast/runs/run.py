@@ -257,7 +257,7 @@ class Run:
     def _draw_if_due(self) -> None:
         """Draw a grid where one is due; one that nobody asked for may fail."""
         pace = self.progress.seconds_per_step
-        count = self.previews.images_due(self.finished, self.progress.training_seconds, pace)
+        count = self.previews.images_due(self.finished)
         if not count:
             return
         images = f"{count} image" + ("s" if count > 1 else "")

@@ -14,7 +14,7 @@ from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.errors import MathematicsError
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs.evaluation import is_round
-from ddpm_fast.runs.previews import Previews
+from ddpm_fast.runs.previews import Previews, last_due
 from ddpm_fast.runs.run import Run
 
 TINY = Config(
@@ -40,9 +40,9 @@ class Standing:
         return self.flop
 
 
-def due(tmp_path: Path, step: int, training_seconds: float, pace: float, config: Config = DIGITS) -> int:
-    previews = Previews(config, tmp_path, Standing(step), False)  # pyright: ignore[reportArgumentType]
-    return previews.images_due(step == config.training.steps, training_seconds, pace)
+def due(tmp_path: Path, step: int, config: Config = DIGITS, flop: float = 3e7) -> int:
+    previews = Previews(config, tmp_path, Standing(step, flop), False)  # pyright: ignore[reportArgumentType]
+    return previews.images_due(step == config.training.steps)
 
 
 def test_round_steps():
@@ -53,33 +53,30 @@ def test_round_steps():
     ("step", "images"), [(0, 16), (1, 0), (10, 16), (11, 0), (50, 64), (300, 64), (310, 0), (600, 64), (1200, 64)]
 )
 def test_digits_are_drawn_early_and_as_asked(tmp_path, step, images):
-    # A step takes 0.1 s and 64 images; a grid of 64 by 20 steps takes 1,280 passes forwards, of 192 in a step: 0.67 s.
-    assert due(tmp_path, step, training_seconds=0.1 * step, pace=0.1 * (step > 0)) == images
+    # A grid of 64 by 20 steps takes 1,280 passes forwards; a step of 64 images as much as 192, of which an early grid
+    # may take a quarter. Since the last that was due it is 10 steps (0, 10), 30 (20, 50), 100 (200, 300; 500, 600).
+    assert due(tmp_path, step) == images
 
 
 def test_what_takes_longer_than_its_share_is_smaller_or_left_out(tmp_path):
     config = with_training(PRESETS["cifar10"], batch_size=2, steps=1000, sample_every=400)
-    # A step of 2 images takes 1 s, so an image of 20 steps takes 3.3 s.
-    assert [due(tmp_path, step, float(step), 1.0, config) for step in (10, 20, 50, 100, 500)] == [0, 1, 1, 4, 16]
-    assert [due(tmp_path, step, float(step), 1.0, config) for step in (400, 1000)] == [64, 64]
-    assert due(tmp_path, 1000, 1.0, 1.0, config) == 1  # what is asked for is drawn
-    slow = Previews(config, tmp_path, Standing(0, flop=1.2e10), False)  # pyright: ignore[reportArgumentType]
-    assert slow.images_due(False, 0.0, 0.0) == 0
+    # A step of 2 images takes as long as 6 passes, so 3.3 steps an image of 20 passes; four times that one drawn early.
+    # Steps since the last that was due: 10, 10, 30, 50, 100 (since 400); and 200 (since 200), 200 (since 800).
+    assert [due(tmp_path, step, config) for step in (10, 20, 50, 100, 500)] == [0, 0, 1, 1, 4]
+    assert [due(tmp_path, step, config) for step in (400, 1000)] == [16, 16]
+    assert due(tmp_path, 1, with_training(config, steps=1)) == 1  # what is asked for is drawn
+    assert due(tmp_path, 0, config, flop=1.2e10) == 0
 
 
-def test_grids_share_their_time_since_the_last(tmp_path):
-    standing = Standing(100)
-    previews = Previews(DIGITS, tmp_path, standing, False)  # pyright: ignore[reportArgumentType]
-    assert previews.images_due(False, 10.0, 0.1) == 64
-    standing.step = 200
-    assert previews.images_due(False, 11.0, 0.1) == 16
-    standing.step = 500
-    assert previews.images_due(False, 11.02, 0.1) == 0
+def test_a_grid_may_be_due_at_round_steps_and_as_asked():
+    assert [last_due(step, 300) for step in (1, 10, 11, 50, 51, 300, 301, 600, 1200, 25000)] == [
+        *(0, 0, 10, 20, 50, 200, 300, 500, 1000, 24900)
+    ]
 
 
 def test_large_images_are_few(tmp_path):
     config = with_training(PRESETS["church256"], sample_every=7)
-    assert due(tmp_path, 7, 1e9, 1.0, config) == 16
+    assert due(tmp_path, 7, config) == 16
 
 
 def pictures(directory: Path) -> list[str]:
