@@ -17,6 +17,7 @@ from ddpm_fast.checks.suite import check_run
 from ddpm_fast.config import Config
 from ddpm_fast.data.batches import split
 from ddpm_fast.data.dataset import open_dataset
+from ddpm_fast.engine.execution import set_deterministic
 from ddpm_fast.errors import MathematicsError, require
 from ddpm_fast.files import require_writable
 from ddpm_fast.flags import with_flags
@@ -27,7 +28,9 @@ from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run, what_will_differ
 from ddpm_fast.runs.decisions import settle
 from ddpm_fast.runs.device import enough_memory, prepare_device
-from ddpm_fast.runs.directory import find_start, read_config, read_metrics
+from ddpm_fast.runs.directory import find_start, holds_run, read_config, read_metrics, recorded, where_data_is
+from ddpm_fast.runs.lock import locked
+from ddpm_fast.runs.retention import require_space
 from ddpm_fast.runs.run import Run
 from ddpm_fast.runs.signals import Signals
 from ddpm_fast.runs.trained_model import LoadKeywords, Model, options_from
@@ -75,6 +78,7 @@ def train(
     *,
     out: str | Path = "",
     resume: bool = False,
+    resume_or_start: bool = False,
     against: str | Path = "",
     until_decided: bool = False,
     progress: bool = True,
@@ -85,8 +89,9 @@ def train(
     Args:
         preset: what gives the defaults of all flags: a name of `PRESETS`, "digits" if left out.
         out: the run's directory, which must not exist or be empty; by default runs/PRESET-N with the next free N.
-        resume: continue from the newest whole checkpoint of `out`, with more steps from before its cooldown; flags left
-            out come from its config.json.
+        resume: continue from the newest whole checkpoint of `out`, which must hold a run, with more steps from before
+            its cooldown; flags left out are those of the run.
+        resume_or_start: the same if `out` holds a run, else start one there.
         against: a run to judge this one by: flags left out come from its config.json.
         until_decided: stop once the evaluation loss is certain to be lower or higher than that run's.
         progress: show bars.
@@ -98,7 +103,7 @@ def train(
             kept.
         InterruptedRunError: SIGINT or SIGTERM arrived, in the main thread; the finished steps are saved.
     """
-    start = StartOptions(str(out or ""), resume, str(against or ""), until_decided)
+    start = StartOptions(str(out or ""), resume, resume_or_start, str(against or ""), until_decided)
     config = with_flags(starting_config(preset, start), flags)
     with Signals():
         return train_config(config, start, progress)
@@ -111,15 +116,23 @@ def starting_config(preset: str | None, start: StartOptions) -> Config:
         InputError: there is no such preset or run, or nothing to resume was named.
     """
     require(not (start.against and preset), f"--preset {preset} and --against {start.against}: leave one of them out")
-    out = start.out
-    if start.resume:
-        require(out != "", "--resume needs --out: name the run directory to continue")
-        found = read_config(Path(out))
-        if found is not None:
-            return dataclasses.replace(found[0], preset=preset or found[0].preset)
+    if _resumes(start):
+        run = Path(start.out)
+        config, _ = recorded(run)
+        if read_config(run) is None:
+            print(f"{run / 'config.json'} is missing or torn: it is written anew, as the newest checkpoint has it")
+        return dataclasses.replace(where_data_is(run, config), preset=preset or config.preset)
     if start.against:
         return open_run(Path(start.against)).config
     return find_preset(preset or "digits")
+
+
+def _resumes(start: StartOptions) -> bool:
+    """Return whether a run is to be continued."""
+    if start.resume or start.resume_or_start:
+        name = "--resume" if start.resume else "--resume-or-start"
+        require(start.out != "", f"{name} needs --out: name the run directory to continue")
+    return start.resume or (start.resume_or_start and holds_run(Path(start.out)))
 
 
 def train_config(
@@ -134,14 +147,27 @@ def train_config(
         stops_at: verdicts that end the run, beside those of --until-decided.
     """
     origin.remember()
+    directory = Path(start.out) if start.out else next_free(Path("runs"), config.preset)
+    start = dataclasses.replace(start, resume=_resumes(start))
+    if start.resume:
+        recorded(directory)
+    require_writable(directory)
+    with locked(directory):
+        return _train_in(directory, config, start, progress, stops_at)
+
+
+def _train_in(
+    directory: Path, config: Config, start: StartOptions, progress: bool, stops_at: Collection[str]
+) -> TrainedRun:
+    """Train in a directory that no other run is in."""
     training, resume = config.training, start.resume
     device = prepare_device(training.device, training.precision)
-    directory = Path(start.out) if start.out else next_free(Path("runs"), config.preset)
+    if device.type == "cuda":
+        set_deterministic(training.deterministic)
     like = directory if resume else Path(start.against) if start.against else None
     decided, differing = settle(training, decisions.read(like) if like else None)
     for line in differing:
         print(f"{like}: {line}; roundings will differ")
-    require_writable(directory)
     dataset = open_dataset(config.data, config.unet, progress)
     if dataset.skipped:
         print(f"left out {len(dataset.skipped)} files that cannot be read (--skip-bad)")
@@ -157,12 +183,9 @@ def train_config(
         print(f"{directory} is finished: all {step} steps are done; raise --steps to go on")
         return _judged(directory, judge)
     if resume:
-        newest = checkpoint.newest(directory)
-        if newest and newest.step > step:  # which find_start passed over
-            why = f"before the learning rate fell towards step {newest.config.training.steps}"
-            print(f"{directory}: continuing at step {step}, {why}")
-        else:
-            print(f"{directory}: " + (f"continuing at step {step}" if found else "no checkpoint, starting at step 0"))
+        print(f"{directory}: {_where_it_goes_on(directory, config, found)}")
+    if warning := require_space(directory, config, step):
+        print(warning)
     with enough_memory(device, training.batch_size // training.accumulate):
         if report(check_run(config, dataset, device), strict=config.checks.strict):
             raise MathematicsError("the mathematics is wrong: nothing was trained")
@@ -178,6 +201,14 @@ def train_config(
     early = f"stopped at step {done:,} of {training.steps:,}: decided; " if done < training.steps else ""
     print(f"{early}trained in {time.perf_counter() - started:.1f} s; grids in {directory / 'samples'}")
     return _judged(directory, judge)
+
+
+def _where_it_goes_on(directory: Path, config: Config, found: checkpoint.Checkpoint | None) -> str:
+    newest, step = checkpoint.newest(directory), found.step if found else 0
+    if newest and newest.step > step and newest.config.training.steps != config.training.steps:
+        why = f"before the learning rate fell towards step {newest.config.training.steps}"
+        return f"continuing at step {step}, {why}"
+    return f"continuing at step {step}" if found else "stopped before its first checkpoint, starting at step 0"
 
 
 def _judged(directory: Path, judge: Judge | None) -> TrainedRun:

@@ -164,10 +164,18 @@ class TrainingConfig:
     """Compile the U-Net on a GPU with torch.compile; --no-compile runs it as written."""
     capture: bool = True
     """Capture each step on a GPU as a CUDA graph; --no-capture launches every kernel from Python."""
+    deterministic: bool = False
+    """Let PyTorch use only algorithms on a GPU that give the same bits each time; a CPU's do in any case."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 5000
     """Steps between two checkpoints; one more is written before the cooldown, and one at the end."""
+    save_minutes: float = 0.0
+    """Write a checkpoint also where the last one is older than this, in minutes; 0 looks at no clock."""
+    keep_last: int = 0
+    """Checkpoints to keep, the newest and the one before the cooldown in any case; 0 deletes none."""
+    keep_every: int = 0
+    """With --keep-last, keep also every checkpoint whose step is a multiple of this; 0 keeps no more."""
     sample_every: int = 5000
     """Steps between two sample grids; cheap ones are drawn early, and one at the end. 0 draws none at all."""
     evaluate_every: int = 0
@@ -180,7 +188,8 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
             value = getattr(self, name)
             require(value >= 1, f"{flag(name)} is {value}: it must be at least 1")
-        for name in ("warmup_steps", "clip_norm", "min_snr_gamma", "sample_every", "evaluate_every"):
+        not_negative = ("warmup_steps", "clip_norm", "min_snr_gamma", "sample_every", "evaluate_every")
+        for name in (*not_negative, "save_minutes", "keep_last", "keep_every"):
             value = getattr(self, name)
             require(value >= 0, f"{flag(name)} is {value}: it must not be negative")
         require(
@@ -191,6 +200,7 @@ class TrainingConfig:
             self.evaluate_count >= 2,
             f"--evaluate-count is {self.evaluate_count}: quality is measured over at least 2 samples",
         )
+        require(self.keep_last > 0 or not self.keep_every, "--keep-every needs --keep-last: without it all are kept")
         require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}: it must be positive")
         require(0 <= self.cooldown <= 1, f"--cooldown is {self.cooldown}: it must lie in [0, 1]")
         require(0 < self.adam_beta2 < 1, f"--adam-beta2 is {self.adam_beta2}: it must lie in (0, 1)")
@@ -206,6 +216,17 @@ class TrainingConfig:
     def cooldown_start(self) -> int:
         """Steps before the cooldown, up to which a run does not depend on how many follow; all where there is none."""
         return self.steps - self.cooldown_steps
+
+
+# fmt: off
+MAY_CHANGE = frozenset({
+    "steps", "data", "accept", "strict",  # see `directory.check_resumable`
+    "device", "precision", "kernels", "compile", "capture", "deterministic",
+    "log_every", "save_every", "save_minutes", "keep_last", "keep_every",
+    "sample_every", "evaluate_every", "evaluate_count",
+})
+# fmt: on
+"""Fields that may change where a run is continued: it stays the same run, up to the device's roundings."""
 
 
 @dataclass(frozen=True)

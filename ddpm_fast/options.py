@@ -17,7 +17,9 @@ class StartOptions:
     out: str = ""
     """Run directory, which must not exist or be empty; default runs/PRESET-N with the next free N."""
     resume: bool = False
-    """Continue --out from its newest checkpoint, for more --steps before the cooldown; config.json has other flags."""
+    """Continue --out, which must hold a run, from its newest whole checkpoint; flags left out are those of the run."""
+    resume_or_start: bool = False
+    """For job scripts: continue --out if it holds a run, else start one there."""
     against: str = ""
     """A run to judge this one by, evaluation by evaluation; flags left out come from its config.json."""
     until_decided: bool = False

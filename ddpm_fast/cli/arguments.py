@@ -60,6 +60,9 @@ class CheckedTraining(TrainingConfig):
     steps: tyro.conf.Suppress[int] = TrainingConfig.steps
     log_every: tyro.conf.Suppress[int] = TrainingConfig.log_every
     save_every: tyro.conf.Suppress[int] = TrainingConfig.save_every
+    save_minutes: tyro.conf.Suppress[float] = TrainingConfig.save_minutes
+    keep_last: tyro.conf.Suppress[int] = TrainingConfig.keep_last
+    keep_every: tyro.conf.Suppress[int] = TrainingConfig.keep_every
     sample_every: tyro.conf.Suppress[int] = TrainingConfig.sample_every
     evaluate_every: tyro.conf.Suppress[int] = TrainingConfig.evaluate_every
     evaluate_count: tyro.conf.Suppress[int] = TrainingConfig.evaluate_count

@@ -62,10 +62,12 @@ BROKEN_PIPE = 141
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
     """Parse train's flags over the preset's defaults, or over the run's that is continued or judged against."""
     name, against = value_of("--preset", arguments), value_of("--against", arguments)
-    if "--resume" in arguments or against is not None:
+    given = {argument.replace("_", "-") for argument in arguments}
+    if given & {"--resume", "--resume-or-start"} or against is not None:
         from ddpm_fast.api import starting_config
 
-        start = StartOptions(value_of("--out", arguments) or "", "--resume" in arguments, against or "")
+        out, either = value_of("--out", arguments) or "", "--resume-or-start" in given
+        start = StartOptions(out, "--resume" in given, either, against or "")
         default = starting_config(name, start)
     else:
         default = preset(name or "digits")

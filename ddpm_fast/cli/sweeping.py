@@ -64,7 +64,7 @@ def sweep(arguments: SweepArguments, plan: Plan, configs: Mapping[str, Config]) 
         verdict = verdict_of(run)
         print(f"\nrun {number} of {len(tried)}: {name}" + (f" has ended: {verdict}" if verdict else ""), flush=True)
         if verdict is None:
-            start = StartOptions(str(run), run.is_dir() and any(run.iterdir()), plan.against)
+            start = StartOptions(str(run), resume_or_start=True, against=plan.against)
             try:
                 train_config(config, start, sys.stderr.isatty(), LOST)
             except (MathematicsError, NotEnoughMemoryError) as error:

@@ -81,6 +81,15 @@ def set_tf32(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
+def set_deterministic(on: bool) -> None:
+    """Have PyTorch take only algorithms on a GPU that give the same bits each time, or the fastest, as by itself."""
+    torch.backends.cudnn.deterministic = on
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+
+
 def choose_execution(compile: bool, capture: bool, device: torch.device, sampling_flop: float = 0) -> Execution:
     """Return what --no-compile and --no-capture leave on this device.
 

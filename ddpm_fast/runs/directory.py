@@ -1,7 +1,8 @@
 """A run's directory: its configuration and metrics on disk, and from where a run starts in it.
 
 runs/NAME/
-  config.json       the resolved configuration, versions, data fingerprint, and what was decided of threads and device
+  config.json       the resolved configuration, versions, the data's fingerprint and place, and what was decided of
+                    threads and device
   metrics.jsonl     one line per logging interval
   evaluation/       what the network was off at each address, see `evaluation`
   quality/          see `scores`
@@ -9,6 +10,7 @@ runs/NAME/
   checkpoints/      see `checkpoint`
   origin/           the code and the command that made it, see `origin`
   tensorboard/      the same metrics and grids for TensorBoard
+  .lock             while it is trained, see `lock`
 """
 
 import contextlib
@@ -22,11 +24,11 @@ from typing import Any
 import torch
 
 from ddpm_fast import __version__
-from ddpm_fast.config import Config, with_training
+from ddpm_fast.config import MAY_CHANGE, Config
 from ddpm_fast.errors import InputError, flag
 from ddpm_fast.files import replace_file, writing
 from ddpm_fast.flags import changed_flags, from_dict, to_dict
-from ddpm_fast.runs import checkpoint, evaluation, grids
+from ddpm_fast.runs import checkpoint, evaluation, grids, lock
 
 
 def read_config(run: Path) -> tuple[Config, str] | None:
@@ -51,18 +53,59 @@ def read_config(run: Path) -> tuple[Config, str] | None:
         ) from None
 
 
-def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
-    """Refuse to continue a run as another one: --steps may be raised, and what is checked may change.
+def holds_run(run: Path) -> bool:
+    """Return whether a directory holds a run, whole or damaged."""
+    return (run / "config.json").exists() or bool(checkpoint.steps_saved(run))
+
+
+def recorded(run: Path) -> tuple[Config, str]:
+    """Return the configuration and data fingerprint of a run that is to be continued.
+
+    They are config.json's; where that is missing or torn, the newest checkpoint's.
 
     Raises:
-        InputError: a flag or the data differ from the run's config.json.
+        InputError: there is no run, or neither can be read.
     """
+    if not holds_run(run):
+        why = "holds no run" if run.exists() else "does not exist"
+        raise InputError(
+            f"--out {run} {why}: name the run to continue, or leave --resume out to start one there; "
+            "--resume-or-start does what is possible"
+        )
     found = read_config(run)
-    if found is None:
-        return
-    saved, saved_fingerprint = found
+    if found is not None:
+        return found
+    for step in checkpoint.steps_saved(run)[:1]:
+        newest = checkpoint.newest(run, ()) or checkpoint.read(checkpoint.path_of(run, step), ())  # says what is wrong
+        return newest.config, newest.fingerprint
+    raise InputError(
+        f"{run / 'config.json'} is torn, and there is no checkpoint to take the configuration from: name another --out"
+    )
+
+
+def where_data_is(run: Path, config: Config) -> Config:
+    """Return a recorded configuration with --data as it is found from here.
+
+    That is where it was named, seen from the directory of today; if nothing is there, where it was when the run began.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        path = json.loads((run / "config.json").read_text())["data_path"]
+        if not Path(config.data.data).exists():
+            return replace(config, data=replace(config.data, data=str(path)))
+    return config
+
+
+def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
+    """Refuse to continue a run as another one: --steps may be raised, and what is in `MAY_CHANGE` may change.
+
+    The data may have moved: it is known by its fingerprint.
+
+    Raises:
+        InputError: there is no run, or a flag or the data differ from the run's.
+    """
+    saved, saved_fingerprint = recorded(run)
     steps = config.training.steps
-    changed = changed_flags(replace(with_training(saved, steps=steps), checks=config.checks), config)
+    changed = {name: values for name, values in changed_flags(saved, config).items() if name not in MAY_CHANGE}
     if changed:
         differing = [f"{flag(name)} {before} -> {asked}" for name, (before, asked) in changed.items()]
         raise InputError(
@@ -72,28 +115,41 @@ def check_resumable(run: Path, config: Config, fingerprint: str) -> None:
         raise InputError(f"{run} was started with --steps {saved.training.steps}: ask for as many or more, not {steps}")
     if fingerprint != saved_fingerprint:
         raise InputError(
-            f"{run} was trained on other data (fingerprint {saved_fingerprint[:12]}, now {fingerprint[:12]})"
+            f"{run} was trained on other data (fingerprint {saved_fingerprint[:12]}, now {fingerprint[:12]}): name "
+            "that by --data, wherever it is now, or use another --out"
         )
 
 
 def _before_cooldown(run: Path, config: Config) -> checkpoint.Checkpoint | None:
-    """Return the newest checkpoint of a rate that had not begun to fall, or fell towards the same last step; or None.
+    """Return the newest whole checkpoint of a rate that had not begun to fall, or fell towards the same last step.
+
+    None where there is no checkpoint at all. What is damaged is passed over, saying so.
 
     Raises:
         InputError: there are only others.
     """
-    others = list[checkpoint.Checkpoint]()
-    for found in checkpoint.newest_first(run):
+    others, damaged = list[checkpoint.Checkpoint](), list[str]()
+    for found in checkpoint.newest_first(run, damaged=damaged):
         before = found.config.training
-        if found.step <= before.cooldown_start or before.steps == config.training.steps:
-            return found
-        others.append(found)
+        if found.step > before.cooldown_start and before.steps != config.training.steps:
+            others.append(found)
+            continue
+        try:
+            found.verify()
+        except InputError as error:
+            damaged.append(str(error))
+            continue
+        for reason in damaged:
+            print(f"passed over: {reason}")
+        return found
     if others and (start := others[0].config.training.cooldown_start) > 0:
         raise InputError(
             f"{checkpoint.path_of(run, start)} is missing or damaged: --steps {config.training.steps} continues from "
             f"where the learning rate had not begun to fall; put it back, ask for --steps "
             f"{others[0].config.training.steps}, or train anew in another --out"
         )
+    if damaged and not others:
+        raise InputError(f"{damaged[0]}; no other checkpoint of {run} is whole")
     return None
 
 
@@ -101,8 +157,8 @@ def find_start(run: Path, config: Config, fingerprint: str, resume: bool) -> che
     """Decide, without writing anything, where a run starts.
 
     Returns:
-        The checkpoint to continue from, or None to start at step 0: the newest that has seen the learning rates which
-        the configuration asks for. With more --steps than before that is one from before the old cooldown.
+        The checkpoint to continue from, or None to start at step 0: the newest whole one that has seen the learning
+        rates which the configuration asks for. With more --steps than before that is one from before the old cooldown.
 
     Raises:
         InputError: the directory holds anything and is not resumed, belongs to another run, or lacks such a checkpoint.
@@ -110,16 +166,19 @@ def find_start(run: Path, config: Config, fingerprint: str, resume: bool) -> che
     if run.exists() and not run.is_dir():
         raise InputError(f"--out {run} is a file: name a directory that does not exist yet")
     if not resume:
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and any(not _is_left_over(entry.name) for entry in run.iterdir()):
             raise InputError(f"--out {run} exists and is not empty: add --resume to continue it, or name another")
         return None
     check_resumable(run, config, fingerprint)
     found = _before_cooldown(run, config)
-    if found is None and checkpoint.newest(run) is None and any((run / "checkpoints").glob("step-*")):
-        found = checkpoint.resolve(run)  # says what is wrong with it
     if found is not None and found.fingerprint != fingerprint:
         raise InputError(f"{found.path} was trained on other data than {config.data.data}: use another --out")
     return found
+
+
+def _is_left_over(name: str) -> bool:
+    """Return whether a file is our own, of a run that was killed before it was one."""
+    return name == lock.NAME or (name.startswith(".config.") and ".tmp" in name)
 
 
 def prepare(run: Path, config: Config, fingerprint: str, step: int, decided: Mapping[str, Any] | None = None) -> None:
@@ -140,6 +199,8 @@ def prepare(run: Path, config: Config, fingerprint: str, step: int, decided: Map
         versions = {"ddpm-fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
         values: dict[str, Any] = {"fingerprint": fingerprint, "versions": versions}
         values |= {"decided": decided} if decided else {}
+        data = Path(config.data.data)
+        values |= {"data_path": str(data.absolute())} if config.data.data != "digits" and data.exists() else {}
         values |= {"config": to_dict(config)}
         replace_file(run / "config.json", checkpoint.to_json(values))
         _cut_metrics(run / "metrics.jsonl", step)

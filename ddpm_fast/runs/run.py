@@ -26,6 +26,7 @@ from ddpm_fast.runs.evaluation import is_due
 from ddpm_fast.runs.grids import to_uint8
 from ddpm_fast.runs.previews import Previews
 from ddpm_fast.runs.progress import TrainingProgress
+from ddpm_fast.runs.saver import Saver
 from ddpm_fast.runs.signals import InterruptedRunError, Signals
 
 SLOW_START_STEPS = 500
@@ -75,6 +76,7 @@ class Run:
             except ValueError as error:
                 raise InputError(f"{found.path} does not fit its own configuration: {error}") from None
         self._saved = self.trainer.step
+        self.saver = Saver(directory, config, dataset.fingerprint)
         self.signals = Signals()
         self.trainer.undivided = self.signals.held
         untimed = 0 if execution == EAGER else WARM_UP_STEPS + 1
@@ -104,6 +106,7 @@ class Run:
                 writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=trainer.step)
                 self.board = opened.enter_context(writer)
                 opened.enter_context(self.progress)
+                opened.enter_context(self.saver)
                 if trainer.execution.compiled:
                     with self.progress.doing("compiling the training step: a minute, the first time", seconds=60):
                         trainer.compile()
@@ -118,6 +121,7 @@ class Run:
     def _do_what_is_due(self) -> None:
         """Evaluate, log, save and draw after a step, where that is due."""
         training, step = self.config.training, self.trainer.step
+        self.saver.raise_failure()
         if step > self._logged:
             evaluated = self._evaluate() if self._evaluation_is_due() else None
             if evaluated or self._scores_are_due() or step % training.log_every == 0:
@@ -127,7 +131,7 @@ class Run:
         elif step > 0 and self._evaluation_is_due() and "evaluation" not in read_metrics(self.directory)[-1]:
             evaluated = evaluation.read(self.directory, step) or self._evaluate()
             amend_last_metrics(self.directory, {"evaluation": evaluation.summary(evaluated)})
-        if step > self._saved and (self.finished or step == training.cooldown_start or step % training.save_every == 0):
+        if step > self._saved and self.saver.is_due(step, self.finished):
             self.save()
         if self._scores_are_missing():
             self._score()
@@ -152,6 +156,7 @@ class Run:
                 if step > self._logged and logs:
                     self._log()  # an evaluation that was interrupted is made when the run goes on
                 self.save()
+            self.saver.wait()
             done = f"saved step {self._saved}" if self._saved else "interrupted before the first step"
         except InterruptedRunError:
             kept = checkpoint.newest(self.directory)
@@ -167,6 +172,7 @@ class Run:
     def _stop_if_not_finite(self) -> None:
         bad_step = int(self.trainer.numbers.bad_step)
         if bad_step >= 0:
+            self.saver.wait()
             where = self.trainer.locate_nonfinite()
             good = checkpoint.newest(self.directory)
             kept = f"the last good checkpoint is {good.path}" if good else "there was no checkpoint yet"
@@ -245,14 +251,15 @@ class Run:
                 f"run ddpm-fast check {self.directory}"
             )
 
-    def save(self) -> Path:
-        """Write a checkpoint; never one that is not finite."""
+    def save(self) -> None:
+        """Begin to write a checkpoint; never one that is not finite."""
         self._stop_if_not_finite()
-        trainer, fingerprint = self.trainer, self.dataset.fingerprint
-        with self.progress.doing(f"saving step {trainer.step:,}"), self.signals.held():
-            saved = checkpoint.save(self.directory, trainer.step, self.config, fingerprint, trainer.state())
-            self._saved = trainer.step
-        return saved
+        step = self.trainer.step
+        with self.progress.doing(f"saving step {step:,}"):
+            self.saver.wait()
+            with self.signals.held():
+                self.saver.save(step, self.trainer.state())
+                self._saved = step
 
     def _draw_if_due(self) -> None:
         """Draw a grid where one is due; one that nobody asked for may fail."""

@@ -146,7 +146,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ddpm_fast.engine.trainer.random_timesteps", 5, 4),  # in the pass through the network of step 5
         ("ddpm_fast.ops.reference.learning_rate_at", 5, 5),  # in its update of the weights, which is finished
         ("ddpm_fast.engine.trainer.Trainer.read_loss", 2, 4),  # in the line for step 4, which is finished
-        ("ddpm_fast.runs.checkpoint.write_synced", 2, 3),  # in the checkpoint of step 3, which is finished
     ],
 )
 def test_a_signal_is_obeyed_at_once_and_the_finished_steps_are_kept(tmp_path, monkeypatch, whole, what, call, saved):
@@ -181,15 +180,6 @@ def test_a_signal_before_the_first_step_says_so(tmp_path, monkeypatch, what):
     with pytest.raises(InterruptedRunError, match=r"before the first step; continue by .* --resume"):
         run(tmp_path).train()
     assert checkpoint.newest(tmp_path) is None
-
-
-def test_a_second_signal_ends_saving_too_and_leaves_whole_files(tmp_path, monkeypatch):
-    running = run(tmp_path, with_training(TINY, steps=1000, save_every=4))
-    signal_after(running, 5, signal.SIGINT)
-    signal_when_called(monkeypatch, "ddpm_fast.runs.checkpoint.write_synced", 4 + 2)
-    with pytest.raises(InterruptedRunError, match=r"SIGINT: interrupted while saving; the newest .*step-0000004;"):
-        running.train()
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-0000004"]
 
 
 def test_the_first_bad_step_is_masked_named_and_stops_the_run(tmp_path):
