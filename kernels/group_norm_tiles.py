@@ -217,6 +217,17 @@ def register_limit(chosen: Plan, inputs: int, whole: bool, shift: bool, more: bo
     return 80 if chosen.one_tile and chosen.num_warps in (4, 8) and not (shift or more) else None
 
 
+def more_warps(chosen: Plan, itemsize: int, more: bool, joined: bool) -> Plan:
+    """Return the plan with twice the warps, 16 at most, where a thread would hold too much of one tile.
+
+    A forward pass that joins two float32 maps and adds a third keeps three addresses for every 4 elements of a thread:
+    with 32 of those it took all 128 registers, and spilt some where the pixels are masked, too. Half as many are enough.
+    """
+    if joined and more and itemsize == 4 and chosen.one_tile:
+        return chosen._replace(num_warps=min(16, 2 * chosen.num_warps))
+    return chosen
+
+
 def divide(
     x: Tensor, groups: int, inputs: int = 1, *, shift: bool = False, more: bool = False, joined: bool = False
 ) -> tuple[Plan, dict[str, Any]]:
@@ -225,7 +236,7 @@ def divide(
     inputs: as for `plan`. shift, more, joined: as for `register_limit`.
     """
     C, HW = x.shape[1], x.shape[2] * x.shape[3]
-    chosen = plan(HW, C, groups, x.element_size(), inputs)
+    chosen = more_warps(plan(HW, C, groups, x.element_size(), inputs), x.element_size(), more, joined)
     blocks = triton.cdiv(groups, chosen.groups)
     whole = chosen.slices * chosen.slice_pixels == HW and chosen.slice_pixels % chosen.block_pixels == 0
     whole = whole and blocks * chosen.block_channels == C

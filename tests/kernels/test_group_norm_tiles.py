@@ -52,6 +52,22 @@ def test_several_blocks_share_a_multiprocessor(channels: int) -> None:
     assert options(16, inputs=2, shift=True)["maxnreg"] is None
 
 
+@pytest.mark.parametrize("size", [7, 14, 28, 64])
+def test_a_thread_that_joins_and_adds_float32_holds_half_as_much(size: int) -> None:
+    """What spilled was 48 channels of 14 x 14 in 8 groups; a block still fits into a multiprocessor's registers."""
+
+    def options(dtype: torch.dtype, more: bool) -> dict[str, Any]:
+        return divide(torch.empty(1, 48, size, size, dtype=dtype, device="meta"), 8, more=more, joined=True)[1]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        joined, added = options(dtype, more=False), options(dtype, more=True)
+        one_tile = added["BLOCK_P"] >= size * size
+        twice = dtype == torch.float32 and one_tile and joined["num_warps"] < 16
+        assert added.pop("num_warps") == joined.pop("num_warps") * (2 if twice else 1)
+        assert added == joined
+    assert joined["maxnreg"] * 32 * 16 <= 65536
+
+
 @pytest.mark.parametrize(("channels", "groups"), [(384, 32), (36, 3)])
 def test_lanes_without_a_channel_are_masked(channels: int, groups: int) -> None:
     """12 channels a group in 16 or 32 lanes, also where a block's lanes divide the channels."""
