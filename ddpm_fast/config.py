@@ -264,7 +264,7 @@ class Config:
     """Everything that decides what a run computes."""
 
     preset: str = "digits"
-    """What gives the defaults of all the other flags: digits, mnist, cifar10, church256 or celebahq256."""
+    """What gives the other flags' defaults: digits, mnist, icons32, cifar10, cifar10-fast, church256 or celebahq256."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -220,8 +220,8 @@ def register_limit(chosen: Plan, inputs: int, whole: bool, shift: bool, more: bo
 def more_warps(chosen: Plan, itemsize: int, more: bool, joined: bool) -> Plan:
     """Return the plan with twice the warps, 16 at most, where a thread would hold too much of one tile.
 
-    A forward pass that joins two float32 maps and adds a third keeps three addresses for every 4 elements of a thread:
-    with 32 of those it took all 128 registers, and spilt some where the pixels are masked, too. Half as many are enough.
+    A forward pass that joins two float32 maps and adds a third keeps three addresses for every 4 elements of a thread.
+    With 32 elements it took all 128 registers, and spilt some where pixels are masked, too; with 16 it takes some 80.
     """
     if joined and more and itemsize == 4 and chosen.one_tile:
         return chosen._replace(num_warps=min(16, 2 * chosen.num_warps))

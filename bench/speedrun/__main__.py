@@ -1,6 +1,7 @@
 """How long does training take to a stated quality, here, and beside others?
 
     python -m bench.speedrun digits
+    python -m bench.speedrun mnist --data images.npz
     python -m bench.speedrun digits --seeds 0 --alone --steps 300      while choosing: any flag of train, one seed
 
 trains the track's recipe and two plain diffusers loops in turns, once for each seed, and prints where each stood. With
@@ -48,6 +49,8 @@ def run(config: Config, track: Track, names: list[str], seeds: list[int]) -> lis
     dataset = open_dataset(config.data, config.unet)
     trained = dataset.images[split(len(dataset), config.data.holdout)[0].numpy()]
     evaluator = evaluator_of(config, dataset)
+    if evaluator.missing:
+        raise InputError(f"track {track.name}: {evaluator.missing}; give a .npz with images and labels")
     standings: list[Standing] = []
     for seed in seeds:
         seeded = with_training(config, seed=seed)

@@ -70,7 +70,7 @@ class Track:
         return dataclasses.replace(config, data=part)
 
 
-DDIM_50 = SamplerConfig("ddim", 50)
+DDIM_50, DPM_20 = SamplerConfig("ddim", 50), SamplerConfig("dpm++", 20)
 TRACKS = {
     track.name: track
     for track in (
@@ -81,6 +81,23 @@ TRACKS = {
             Target("frechet_features", 3.5),
             DDIM_50,
             own_data=True,
+        ),
+        Track(
+            "mnist",
+            "mnist",
+            (Target("frechet_pixels", 12), Target("confident", 0.7, least=True)),
+            Target("frechet_features", 3),
+            DPM_20,
+        ),
+        Track("emoji", "icons32", (Target("frechet_pixels", 60),), Target("frechet_features", 3), DPM_20),
+        # For a GPU; nobody has raced yet, and the bounds are guesses.
+        Track(
+            "cifar10",
+            "cifar10-fast",
+            (Target("frechet_pixels", 10),),
+            Target("frechet_features", 1),
+            DPM_20,
+            count=10_000,
         ),
     )
 }

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from bench.speedrun import __main__ as command
 from bench.speedrun import race as racing
 from bench.speedrun import record
 from bench.speedrun.loops import OURS, PLAIN, RECIPE, Diffusers, build
 from bench.speedrun.race import Standing
 from bench.speedrun.tracks import TRACKS, Target, track_named
-from ddpm_fast.config import Config, DiffusionConfig, SamplerConfig, TrainingConfig, UNetConfig
+from ddpm_fast.config import Config, DataConfig, DiffusionConfig, SamplerConfig, TrainingConfig, UNetConfig
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.errors import InputError
 from ddpm_fast.textbook import ForwardProcess
@@ -96,6 +97,23 @@ def test_targets():
     assert not Target("frechet_pixels", 0.5).met(math.nan)
     with pytest.raises(InputError, match="Did you mean 'digits'"):
         track_named("digit")
+
+
+def test_every_track_races_its_preset_on_given_data_and_keeps_a_tenth_back():
+    for track in TRACKS.values():
+        config = track.config("some.npz")
+        assert (config.preset, config.data.data, config.data.holdout) == (track.preset, "some.npz", 0.1)
+        if not track.own_data:
+            with pytest.raises(InputError, match=f"track {track.name} needs --data"):
+                track.config("")
+
+
+def test_data_without_labels_are_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("images.npy", IMAGES)
+    config = replace(TINY, data=DataConfig("images.npy", holdout=0.1))
+    with pytest.raises(InputError, match=r"track digits: the images have no labels.*give a \.npz"):
+        command.run(config, TRACK, [OURS], [0])
 
 
 def standing(seed: int, **scores: float) -> Standing:
