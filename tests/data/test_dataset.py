@@ -38,6 +38,16 @@ def test_digits_are_scikit_learns():
     assert (int(digits.images.min()), int(digits.images.max())) == (0, 255)
 
 
+@pytest.mark.parametrize(
+    ("side", "fingerprint"),
+    [(8, "6e0e1a01ad71f148f515205927d2f2c46f12477f"), (16, "53832a34cee57e42239b7725c3aa035c90c96fb3")],
+)
+def test_runs_on_digits_of_earlier_versions_find_the_same_data(side, fingerprint):
+    """What earlier versions wrote into a run's config.json: another would forbid to continue it."""
+    unet = UNetConfig(1, side, side, 32, (1,), attention_resolutions=())
+    assert open_dataset(DataConfig(data="digits"), unet).fingerprint == fingerprint
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tiff", "gif"])
 def test_formats_are_read_recursively(tmp_path, suffix):
     (tmp_path / "deep/er").mkdir(parents=True)
