@@ -23,7 +23,7 @@ MOST_OFF = 2.0
 BANDS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "1", "CMYK", "YCbCr")
 """Of Pillow: those whose conversion needs no rule of its own, as palettes do."""
-FILE = "ddpm_fast/data/image_files.py or ddpm_fast/data/dataset.py"
+FILE = "ddpm_fast/data/image_files.py or ddpm_fast/data/pictures.py"
 
 Source = Callable[[int], NDArray[np.uint8] | None]
 """What the i-th image should be, [H, W, C], or None where this file does not know."""
@@ -89,7 +89,11 @@ def _digits(shape: tuple[int, int, int]) -> tuple[int, Source]:
 
 def _array(path: Path, shape: tuple[int, int, int], float_range: str) -> tuple[int, Source]:
     loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-    array = loaded if isinstance(loaded, np.ndarray) else loaded[next(n for n in loaded.files if n != "labels")]
+    array = (
+        loaded
+        if isinstance(loaded, np.ndarray)
+        else loaded[next(n for n in loaded.files if n not in ("labels", "classes"))]
+    )
 
     def pixels(row: int) -> NDArray[np.uint8] | None:
         image = np.asarray(array[row])
@@ -105,6 +109,7 @@ def _array(path: Path, shape: tuple[int, int, int], float_range: str) -> tuple[i
 def _folder(path: Path, dataset: Dataset, shape: tuple[int, int, int]) -> tuple[int, Source]:
     endings = Image.registered_extensions()
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
+    files = [f for f in files if not any(p[0] == "." or p == "__MACOSX" for p in f.relative_to(path).parts)]
     reasons = dataset.skipped  # each begins with the file's name
     usable = [f for f in files if not any(reason.startswith(f"{f.relative_to(path)} (") for reason in reasons)]
 

@@ -45,7 +45,7 @@ def digests(
 
 
 def _place(folder: Path) -> Path:
-    return cache_directory() / f"{hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=20).hexdigest()}.digests"
+    return cache_directory() / f"{hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=20).hexdigest()}.sha256"
 
 
 def _known(folder: Path) -> dict[str, tuple[Facts, str]]:
@@ -67,6 +67,6 @@ def _facts(file: Path) -> Facts:
 
 
 def _digest(file: Path) -> bytes:
-    with contextlib.suppress(OSError):
-        return hashlib.blake2b(file.read_bytes()).digest()
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()  # as the hub names files, see `hub`
     return b"unreadable"

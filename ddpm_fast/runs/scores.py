@@ -14,7 +14,6 @@ from torch import Tensor
 from ddpm_fast.config import Config, TrainingConfig
 from ddpm_fast.data.batches import split
 from ddpm_fast.data.dataset import Dataset
-from ddpm_fast.data.labels import read_labels
 from ddpm_fast.quality.evaluator import MEASURES, Evaluator
 from ddpm_fast.runs.compare import RecordedRun
 from ddpm_fast.runs.directory import read_metrics
@@ -25,9 +24,9 @@ def evaluator_of(config: Config, dataset: Dataset, progress: bool | None = None)
     """Return what judges samples by a data set's images, of which --holdout's were not trained on.
 
     Raises:
-        InputError: the labels cannot be used, or there are too few images.
+        InputError: there are too few images.
     """
-    labels = read_labels(config.data, len(dataset))
+    labels = dataset.labels
     trained, held_out = (rows.numpy() for rows in split(len(dataset), config.data.holdout))
     if not len(held_out):
         return Evaluator(dataset.images, labels, None, dataset.fingerprint, progress)
@@ -52,8 +51,6 @@ class Scores:
     def __init__(self, config: Config, dataset: Dataset, bar: bool) -> None:
         """Take a run's configuration, its data set, and whether to show bars."""
         self._config, self._dataset, self._bar = config, dataset, bar
-        if config.training.evaluate_every:
-            read_labels(config.data, len(dataset))  # what is wrong with them is said before the first step
 
     @cached_property
     def _evaluator(self) -> Evaluator:

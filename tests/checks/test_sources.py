@@ -54,7 +54,7 @@ def test_pixels_of_files_pass(pictures, channels):
 
 def bgr(monkeypatch: pytest.MonkeyPatch) -> None:
     fit = image_files.fit
-    monkeypatch.setattr("ddpm_fast.data.dataset.fit", lambda *given: fit(*given)[..., ::-1])
+    monkeypatch.setattr("ddpm_fast.data.pictures.fit", lambda *given: fit(*given)[..., ::-1])
 
 
 def stretched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def not_turned_upright(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dark(monkeypatch: pytest.MonkeyPatch) -> None:
     fit = image_files.fit
-    monkeypatch.setattr("ddpm_fast.data.dataset.fit", lambda *given: fit(*given) // 2)
+    monkeypatch.setattr("ddpm_fast.data.pictures.fit", lambda *given: fit(*given) // 2)
 
 
 def transparency_over_black(monkeypatch: pytest.MonkeyPatch) -> None:

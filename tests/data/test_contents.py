@@ -66,7 +66,7 @@ def test_a_file_that_was_just_changed_is_not_trusted(folder, monkeypatch):
 @pytest.mark.parametrize("damage", ["", "[1]", '{"61": 3}', '{"612e706e67": [[1, 2, 3], "no hex"]}', "\x00"])
 def test_a_damaged_cache_is_read_past(folder, damage):
     first, _ = read(folder)
-    (file,) = cache_directory().glob("*.digests")
+    (file,) = cache_directory().glob("*.sha256")
     file.write_text(damage)
     assert read(folder) == (first, 3)
 

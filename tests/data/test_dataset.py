@@ -15,11 +15,13 @@ from sklearn.datasets import load_digits
 
 from ddpm_fast.config import DataConfig, UNetConfig
 from ddpm_fast.data import dataset as data
+from ddpm_fast.data import pictures, store
 from ddpm_fast.data.dataset import open_dataset
+from ddpm_fast.data.image_files import fit
 from ddpm_fast.errors import InputError
+from ddpm_fast.files import cache_directory
 
 RGB = UNetConfig(3, 4, 6, channels=32, channel_multipliers=(1,), attention_resolutions=())
-GREY = replace(RGB, image_channels=1)
 
 
 def opened(path: Path, unet: UNetConfig = RGB, **options) -> data.Dataset:
@@ -69,6 +71,30 @@ def test_exif_orientation_is_honoured(tmp_path):
     assert upright[:, :-1].max() == 0
 
 
+@pytest.mark.parametrize(("size", "read"), [((400, 300), (50, 38)), ((75, 100), (38, 50)), ((71, 71), (71, 71))])
+def test_a_large_jpeg_is_read_at_a_scale_of_twice_what_it_becomes(tmp_path, monkeypatch, size, read):
+    gradient = np.linspace(0, 255, size[0]).astype(np.uint8)
+    picture = Image.fromarray(np.tile(gradient[None, :, None], (size[1], 1, 3)))
+    picture.save(tmp_path / "a.jpg", quality=95)
+    sizes = []
+    monkeypatch.setattr(pictures, "fit", lambda image, shape: sizes.append(image.size) or fit(image, shape))
+    found = opened(tmp_path, replace(RGB, height=18, width=12)).images[0]
+    assert sizes == [read]
+    assert np.abs(found.astype(int) - fit(picture, (18, 12, 3))).mean() < 2  # a tenth of a pixel of this gradient
+
+
+def test_what_archivers_and_file_managers_leave_is_no_image(tmp_path):
+    for name in ("a.png", "__MACOSX/._a.png", ".hidden.png", "deep/.thumbnails/b.png", ".git/c.png", "deep/._d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        plain((1, 2, 3)).save(tmp_path / name)
+    (tmp_path / "Thumbs.db").write_bytes(b"")
+    assert len(opened(tmp_path)) == 1
+    (tmp_path / "a.png").rename(tmp_path / ".a.png")
+    with pytest.raises(InputError, match="holds no image"):
+        opened(tmp_path)
+    assert len(opened(tmp_path / ".git")) == 1  # named itself, it is meant
+
+
 def broken_folder(tmp_path: Path) -> Path:
     plain((1, 2, 3)).save(tmp_path / "good.png")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -111,7 +137,7 @@ def test_what_is_kept_moves_up_and_stays_in_order(tmp_path):
 def test_a_refused_folder_leaves_nothing_in_the_cache(tmp_path):
     with pytest.raises(InputError):
         opened(broken_folder(tmp_path))
-    assert list(data.cache_directory().iterdir()) == []
+    assert list(cache_directory().iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [b"line\nbreak.png", b"\xff not text.png"])
@@ -143,7 +169,7 @@ def test_a_decoder_that_stumbles_costs_one_file(tmp_path, monkeypatch):
         raise NotImplementedError("pixel format 11")  # as Pillow's DDS decoder does on a damaged file
 
     plain((1, 2, 3)).save(tmp_path / "a.png")
-    monkeypatch.setattr(data, "fit", stumble)
+    monkeypatch.setattr(pictures, "fit", stumble)
     with pytest.raises(InputError, match=r"a.png \(NotImplementedError: pixel format 11\)"):
         opened(tmp_path)
 
@@ -166,10 +192,10 @@ def test_a_second_run_decodes_nothing(tmp_path, monkeypatch):
     plain((1, 2, 3)).save(tmp_path / "a.png")
     first = opened(tmp_path)
 
-    def no_more(path: Path) -> Image.Image:
+    def no_more(path: Path, shape: object) -> Image.Image:
         raise AssertionError(f"decoded {path} again")
 
-    monkeypatch.setattr(data, "decode", no_more)
+    monkeypatch.setattr(pictures, "decode", no_more)
     second = opened(tmp_path)
     assert isinstance(second.images, np.memmap)
     assert np.array_equal(first.images, second.images)
@@ -179,11 +205,11 @@ def test_a_second_run_decodes_nothing(tmp_path, monkeypatch):
 def test_changed_content_and_a_torn_store_are_decoded_again(tmp_path):
     plain((1, 2, 3)).save(tmp_path / "a.png")
     first = opened(tmp_path)
-    store = data.cache_directory() / f"{first.fingerprint}.npy"
+    file = cache_directory() / f"{first.fingerprint}.npy"
     archive = io.BytesIO()
     np.savez(archive, np.zeros(3))
-    for damaged in (store.read_bytes()[:100], b"", b"PK\x03\x04", archive.getvalue()):
-        store.write_bytes(damaged)
+    for damaged in (file.read_bytes()[:100], b"", b"PK\x03\x04", archive.getvalue()):
+        file.write_bytes(damaged)
         assert opened(tmp_path).images[0, 0, 0].tolist() == [1, 2, 3]
     plain((9, 8, 7)).save(tmp_path / "a.png")
     second = opened(tmp_path)
@@ -208,68 +234,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
             opened(tmp_path, replace(RGB, height=256, width=256))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(data.cache_directory().iterdir()) == []
+    assert list(cache_directory().iterdir()) == []
 
 
 def test_a_store_owns_its_space_before_it_is_filled():
     """In a sparse file a full disk would be a SIGBUS, which nothing catches."""
     allocated: list[int] = []
 
-    def fill(store: np.ndarray) -> None:
-        allocated.extend(512 * entry.stat().st_blocks for entry in data.cache_directory().iterdir())
+    def fill(images: np.ndarray) -> None:
+        allocated.extend(512 * entry.stat().st_blocks for entry in cache_directory().iterdir())
 
-    data._build("key", 1000, (32, 32, 3), fill)
+    store.build("key", 1000, (32, 32, 3), fill)
     assert allocated[0] >= 1000 * 32 * 32 * 3
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_arrays_of_uint8(tmp_path, suffix):
-    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
-    path = tmp_path / f"images{suffix}"
-    (np.savez if suffix == ".npz" else np.save)(path, images)
-    assert np.array_equal(opened(path).images, images)
-    assert opened(path, GREY).images.shape == (5, 4, 6, 1)
-
-
-@pytest.mark.parametrize(("float_range", "low"), [("0..1", 0.0), ("-1..1", -1.0)])
-def test_arrays_of_floats(tmp_path, float_range, low):
-    values = np.linspace(low, 1, 24, dtype=np.float32).reshape(1, 4, 6)
-    np.save(tmp_path / "a.npy", values)
-    images = opened(tmp_path / "a.npy", GREY, float_range=float_range).images
-    assert np.abs(images[..., 0] - (values - low) / (1 - low) * 255).max() <= 0.51
-
-
-@pytest.mark.parametrize(
-    ("array", "float_range", "says"),
-    [
-        (np.zeros((2, 4, 6), np.float32), "none", r"floats in \[0, 0\].*--float-range"),
-        (np.full((2, 4, 6), 1.5, np.float32), "0..1", r"spans \[1.5, 1.5\]"),
-        (np.full((2, 4, 6), -0.5), "0..1", r"spans \[-0.5, -0.5\]"),
-        (np.full((2, 4, 6), np.nan), "0..1", r"nan at \(0, 0, 0, 0\)"),
-        (np.zeros((2, 4, 6), np.uint8), "0..1", "is uint8"),
-        (np.zeros((2, 4, 6), np.int32), "none", "int32"),
-        (np.zeros((4, 6), np.uint8), "none", r"shape \(4, 6\)"),
-        (np.zeros((0, 4, 6), np.uint8), "none", "shape"),
-        (np.zeros((1, 3, 4, 6), np.uint8), "none", "shape"),
-    ],
-)
-def test_arrays_that_cannot_be_used(tmp_path, array, float_range, says):
-    np.save(tmp_path / "a.npy", array)
-    with pytest.raises(InputError, match=says):
-        opened(tmp_path / "a.npy", GREY, float_range=float_range)
-
-
-def test_files_that_are_no_arrays(tmp_path):
-    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="pickled"):
-        opened(tmp_path / "objects.npy")
-    np.savez(tmp_path / "two.npz", a=np.zeros(1), b=np.zeros(1))
-    with pytest.raises(InputError, match=r"a, b"):
-        opened(tmp_path / "two.npz")
-    for name in ("empty.npy", "empty.npz", "text.npz"):
-        (tmp_path / name).write_bytes(b"hello" if "text" in name else b"")
-        with pytest.raises(InputError, match=name):
-            opened(tmp_path / name)
-    (tmp_path / "table.csv").write_text("1")
-    with pytest.raises(InputError, match="neither"):
-        opened(tmp_path / "table.csv")

@@ -11,7 +11,6 @@ from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig
 from ddpm_fast.data.batches import split
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.data.digits import read_digits
-from ddpm_fast.errors import InputError
 from ddpm_fast.quality import classifier
 from ddpm_fast.runs.compare import open_run
 from ddpm_fast.runs.directory import find_start, read_metrics
@@ -92,12 +91,3 @@ def test_what_is_held_out_is_not_among_the_images_that_samples_are_judged_by():
     np.testing.assert_array_equal(evaluator.images, DATA.images[trained.numpy()])
     np.testing.assert_array_equal(evaluator.held_out, DATA.images[held_out.numpy()])
     np.testing.assert_array_equal(evaluator._classes, read_digits()[1][trained.numpy()])
-
-
-def test_bad_labels_are_refused_before_the_first_step(tmp_path):
-    np.savez(tmp_path / "a.npz", images=DATA.images[:50], labels=np.zeros(49, int))
-    config = replace(TINY, data=DataConfig(data=str(tmp_path / "a.npz")))
-    data = open_dataset(config.data, config.unet)
-    with pytest.raises(InputError, match="'labels' is int64 of shape"):
-        Run(tmp_path / "run", config, data, None, progress=False)
-    assert not (tmp_path / "run").exists()
