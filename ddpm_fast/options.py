@@ -9,6 +9,8 @@ from typing import Literal
 from ddpm_fast.config import Config, Precision, SamplerConfig, SamplerName, Spacing
 from ddpm_fast.errors import flag, require, require_seed, require_types
 
+SampleFormat = Literal["png", "npz", "tar"]
+
 
 @dataclass(frozen=True)
 class StartOptions:
@@ -57,6 +59,8 @@ class SamplingOptions:
             value, named = getattr(self, name), self.sampler != "auto"
             is_default = value == getattr(SamplerConfig, name)
             require(named or is_default, f"{flag(name)} is {value}: name the --sampler that it is for")
+        ignored = self.eta != SamplerConfig.eta and self.sampler not in ("auto", "ddim")
+        require(not ignored, f"--eta is {self.eta}: {self.sampler} has no use for it; leave it out, or --sampler ddim")
         for name, least, most in (("count", 1, 2**32), ("batch_size", 1, 2**20), ("first_index", 0, 2**32 - 1)):
             value = getattr(self, name)
             require(least <= value <= most, f"{flag(name)} is {value}: it must lie in {least}..{most}")

@@ -152,6 +152,18 @@ def test_weights_are_those_that_were_asked_for(trained):
             torch.testing.assert_close(p, saved[part][name], rtol=0, atol=0)
 
 
+def test_a_stream_yields_batches_of_samples_images(trained):
+    model = ddpm_fast.load(trained)
+    options: SamplingKeywords = {"seed": 3, "steps": 5, "first_index": 4, "batch_size": 2}
+    images = model.sample(5, progress=False, **options)
+    batches = list(model.stream(5, progress=False, **options))
+    assert [(first, len(batch)) for first, batch in batches] == [(4, 2), (6, 2), (8, 1)]
+    streamed = [image for _, batch in batches for image in batch]
+    assert [image.tobytes() for image in streamed] == [image.tobytes() for image in images]
+    with pytest.raises(ddpm_fast.InputError, match="--steps is 61"):
+        model.stream(1, steps=61)
+
+
 def test_the_loop_is_kept_for_a_sampler_and_follows_the_weights(trained):
     model = ddpm_fast.load(trained)
     first = model.sample(2, steps=3, return_tensor=True, progress=False)

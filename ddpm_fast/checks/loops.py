@@ -126,7 +126,7 @@ def images_of(
 ) -> Tensor | None:
     """Sample, or return None where a value is not finite, as it may be with weights that were never trained."""
     try:
-        return sampling.sample(loop, images, BATCH, on_step=on_step)
+        return torch.cat([x for _, x in sampling.stream(loop, images, BATCH, on_step=on_step)])
     except MathematicsError:
         return None
 

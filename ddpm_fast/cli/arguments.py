@@ -8,7 +8,7 @@ import tyro
 
 from ddpm_fast.config import Config, TrainingConfig
 from ddpm_fast.errors import require
-from ddpm_fast.options import LoadOptions, SamplingOptions, StartOptions
+from ddpm_fast.options import LoadOptions, SampleFormat, SamplingOptions, StartOptions
 from ddpm_fast.presets import PRESETS
 
 
@@ -27,9 +27,11 @@ class SampleArguments(LoadOptions, SamplingOptions):
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
     """Run directory, or one of its checkpoints/step-*, wherever it was copied to."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = SamplingOptions.count
-    """How many images."""
+    """How many images; those that are there are not made again."""
+    format: SampleFormat = "png"
+    """png is a file for each; npz one array [N, H, W, C], "arr_0"; tar holds PNGs, as WebDataset reads them."""
     out: str = ""
-    """Directory to write to; default RUN/samples/SAMPLER-STEPS-seedSEED."""
+    """Directory to write to; default one in RUN/samples for each sampler, seed, weights and precision."""
     animate: bool = False
     """Also write animation.gif: up to 16 images on their way from noise."""
 

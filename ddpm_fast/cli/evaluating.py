@@ -4,6 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from ddpm_fast.cli.arguments import EvaluateArguments
 from ddpm_fast.data.dataset import Dataset, open_dataset
 from ddpm_fast.engine.threads import choose_threads
@@ -12,6 +14,7 @@ from ddpm_fast.files import replace_file, require_writable
 from ddpm_fast.quality.evaluator import table
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.grids import to_uint8
+from ddpm_fast.runs.samples import how
 from ddpm_fast.runs.scores import evaluator_of
 from ddpm_fast.runs.trained_model import Model
 
@@ -23,11 +26,13 @@ def evaluate(arguments: EvaluateArguments) -> int:
     if model.device.type == "cpu":
         choose_threads()
     sampler = arguments.sampler_for(model.config)
-    name = f"step-{model.step:07d}-{sampler.sampler}-{sampler.steps}.json"
+    which = f"seed{arguments.seed}" + (f"-from{arguments.first_index}" if arguments.first_index else "")
+    name = f"step-{model.step:07d}-{how(model, sampler)}-{which}-{arguments.count}-images.json"
     file = checkpoint.run_of(model.path) / "quality" / name
     require_writable(file.parent)
     evaluator = evaluator_of(model.config, _real_images(arguments, model, progress), progress)
-    scores = evaluator.score(to_uint8(model.draw(arguments, progress)))
+    batches = [to_uint8(x) for _, x in model.batches(arguments, progress)]  # a quarter of the floats' memory
+    scores = evaluator.score(np.concatenate(batches))
     print("\n".join(table(scores, arguments.count)))
     if evaluator.missing:
         print(evaluator.missing)

@@ -194,7 +194,7 @@ def _train(arguments: list[str]) -> int:
 
 def _sample(arguments: list[str]) -> int:
     parsed = parse(SampleArguments, arguments, command="sample")
-    from ddpm_fast.cli.commands import sample
+    from ddpm_fast.cli.sampling import sample
 
     return sample(parsed)
 

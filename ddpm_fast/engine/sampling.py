@@ -8,7 +8,7 @@ Shapes: N images, C channels, H x W pixels, K steps, S the U-Net's time shifts.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -238,6 +238,8 @@ class ImageRange:
     seed: int
     first: int
     count: int
+    done: Container[int] = ()
+    """Numbers that are there already: a batch of nothing else is left out, and the others stay as they were."""
 
     def batches(self, largest: int) -> list[Tensor]:
         """Split into batches of one size, at most `largest`; the last is padded by images past the end.
@@ -246,17 +248,21 @@ class ImageRange:
         """
         number = -(-self.count // largest)
         size = -(-self.count // number)
-        return [self.first + i * size + torch.arange(size) for i in range(number)]
+        firsts = [first for first in range(self.first, self.first + self.count, size) if not self._is_done(first, size)]
+        return [first + torch.arange(size) for first in firsts]
+
+    def _is_done(self, first: int, size: int) -> bool:
+        return all(number in self.done for number in range(first, min(first + size, self.first + self.count)))
 
 
-def sample(
+def stream(
     loop: SamplingLoop,
     images: ImageRange,
     largest_batch: int = 64,
     progress: bool | None = None,
     on_step: OnStep | None = None,
-) -> Tensor:
-    """Make images of a seed, in equal batches.
+) -> Iterator[tuple[int, Tensor]]:
+    """Make images of a seed, in equal batches, one after the other: memory holds one, however many are asked for.
 
     Args:
         loop: of the sampler.
@@ -265,13 +271,13 @@ def sample(
         progress: show a bar, or say a line now and then; None for neither.
         on_step: see `SamplingLoop.run`.
 
-    Returns:
-        [count, C, H, W] float32 on the CPU.
+    Yields:
+        The number of a batch's first image, and the batch, [N, C, H, W] float32 on the CPU.
 
     Raises:
         MathematicsError: a value is not finite.
     """
-    key, batches, made = key_from_seed(images.seed, loop.device), images.batches(largest_batch), []
+    key, batches = key_from_seed(images.seed, loop.device), images.batches(largest_batch)
     total = len(loop.rows) * len(batches)
     what = "compiling, then sampling" if loop.execution.compiled else "sampling"
     with Progress(what, total, "step", progress, leave=False) as shown:
@@ -282,8 +288,13 @@ def sample(
 
         for sample_index in batches:
             address = NoiseAddress(key, sample_index.to(loop.device))
-            made.append(loop.run(address, on_step, advance).cpu())
-    x = torch.cat(made)[: images.count]
-    if not torch.isfinite(x).all():
-        raise MathematicsError("a sampled value is not finite: the weights are broken, or bf16 overflowed")
-    return x
+            first = int(sample_index[0])
+            x = loop.run(address, on_step, advance).cpu()[: images.first + images.count - first]
+            if not torch.isfinite(x).all():
+                raise MathematicsError("a sampled value is not finite: the weights are broken, or bf16 overflowed")
+            yield first, x
+
+
+def sample(loop: SamplingLoop, images: ImageRange, largest_batch: int = 64, progress: bool | None = None) -> Tensor:
+    """Make images of a seed, all of them: [count, C, H, W] float32 on the CPU; see `stream`."""
+    return torch.cat([x for _, x in stream(loop, images, largest_batch, progress)])

@@ -189,3 +189,9 @@ def changed_since(run: Path) -> list[str]:
     before, now = made_by.digests, {path: _digest(text) for path, text in read_sources().items()}
     paths = sorted(before.keys() | now.keys())
     return [path for path in paths if path.startswith(DECIDES_IMAGES) and before.get(path) != now.get(path)]
+
+
+def images_digest() -> str:
+    """Return a digest of all the code that decides images, as it stood when this was first called."""
+    deciding = [f"{path} {_digest(text)}" for path, text in read_sources().items() if path.startswith(DECIDES_IMAGES)]
+    return _digest("\n".join(deciding))

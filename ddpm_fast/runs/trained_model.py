@@ -4,7 +4,7 @@ Shapes: N images, C channels, H x W pixels, T diffusion timesteps.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
@@ -15,8 +15,8 @@ from ddpm_fast.config import Config, Precision, SamplerConfig, SamplerName, Spac
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import choose_dtype, choose_execution, set_tf32
 from ddpm_fast.engine.sampling import ImageRange, OnStep, SamplingLoop
-from ddpm_fast.engine.sampling import sample as sample_images
-from ddpm_fast.errors import InputError, require_known
+from ddpm_fast.engine.sampling import stream as stream_images
+from ddpm_fast.errors import InputError, require, require_known
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
 from ddpm_fast.options import LoadOptions, SamplingOptions
@@ -74,11 +74,13 @@ class Model:
 
     def __init__(self, run: Path, options: LoadOptions) -> None:
         """Load a run's newest checkpoint, or a checkpoint; see `ddpm_fast.load`."""
-        part = "ema" if options.weights == "ema" else "model"
+        self.part = part = "ema" if options.weights == "ema" else "model"
         found = checkpoint.resolve(run, (part,))
         self.path, self.config, self.step, self.options = found.path, found.config, found.step, options
         self.fingerprint = found.fingerprint
         self.device = prepare_device(options.device, options.precision)
+        fits = options.precision != "tf32" or self.device.type == "cuda"
+        require(fits, f"--precision tf32 is an NVIDIA GPU's, and this is computed on {self.device}: leave it out")
         unet = _unet_of(found, part).to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.unet = unet.requires_grad_(False).eval().use(choose_ops(options.kernels, self.device))
         self.loop: SamplingLoop | None = None
@@ -146,19 +148,57 @@ class Model:
         samples = self.draw(options_from(SamplingOptions, {"count": count, **keywords}), True if progress else None)
         return samples if return_tensor else Images(to_uint8(samples))
 
+    def stream(
+        self, count: int = SamplingOptions.count, *, progress: bool = True, **keywords: Unpack[SamplingKeywords]
+    ) -> Iterator[tuple[int, Images]]:
+        """Make the images that `sample` makes, batch by batch: memory holds one, however many are asked for.
+
+        Args:
+            count, progress, keywords: see `sample`.
+
+        Yields:
+            The number of a batch's first image, and the batch, a list of Pillow images.
+
+        Raises:
+            InputError: a keyword or value is refused, or memory does not suffice.
+            MathematicsError: a value is not finite.
+        """
+        wanted = options_from(SamplingOptions, {"count": count, **keywords})
+        batches = self.batches(wanted, True if progress else None)  # which refuses now, and not at the first batch
+        return ((first, Images(to_uint8(x))) for first, x in batches)
+
     def draw(self, wanted: SamplingOptions, progress: bool | None = None, on_step: OnStep | None = None) -> Tensor:
-        """Make images as [N, C, H, W] float32 on the CPU; see `sample`.
+        """Make images, all of them: [N, C, H, W] float32 on the CPU; see `batches`."""
+        return torch.cat([x for _, x in self.batches(wanted, progress, on_step)])
+
+    def batches(
+        self,
+        wanted: SamplingOptions,
+        progress: bool | None = None,
+        on_step: OnStep | None = None,
+        done: Container[int] = (),
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Make images, batch by batch: yield each batch's first number, and it as [N, C, H, W] float32 on the CPU.
 
         Args:
             wanted: which images.
             progress: show a bar, or say a line now and then; None for neither.
             on_step: called after each step with its number and x; see `SamplingLoop.run`.
+            done: numbers of images that are there: a batch of nothing else is not made.
         """
         set_tf32(self.options.precision)  # a setting of the process, which another model may have changed
         with enough_memory(self.device, wanted.batch_size):
             self.loop = self._loop_for(wanted)
-            images = ImageRange(wanted.seed, wanted.first_index, wanted.count)
-            return sample_images(self.loop, images, wanted.batch_size, progress, on_step)
+        images = ImageRange(wanted.seed, wanted.first_index, wanted.count, done)
+        return self._stream(self.loop, images, wanted.batch_size, progress, on_step)
+
+    def _stream(
+        self, loop: SamplingLoop, images: ImageRange, largest: int, progress: bool | None, on_step: OnStep | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        with enough_memory(self.device, largest):
+            for batch in stream_images(loop, images, largest, progress, on_step):
+                yield batch
+                set_tf32(self.options.precision)  # who took the batch may have used another model
 
     def _loop_for(self, wanted: SamplingOptions) -> SamplingLoop:
         """Return the last loop where it fits, with the U-Net's weights of now, else a new one."""

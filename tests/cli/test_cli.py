@@ -242,9 +242,10 @@ def test_interrupted_sampling_leaves_nothing_and_says_so(trained, tmp_path, monk
     assert (status, err) == (expected, f"ddpm-fast: {name}: interrupted; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    monkeypatch.setattr("ddpm_fast.cli.commands.save_picture", interrupted)
+    monkeypatch.setattr("ddpm_fast.runs.samples.save_picture", interrupted)
     status, _, err = run(f"sample {trained} --out {tmp_path}/out", capsys)
-    assert (status, err) == (expected, f"ddpm-fast: {name}: interrupted; {tmp_path}/out is not complete\n")
+    said = f"ddpm-fast: {name}: interrupted; {tmp_path}/out: not complete; the same command goes on\n"
+    assert (status, err) == (expected, said)
 
 
 def test_a_copied_model_needs_two_files(trained, tmp_path, capsys):

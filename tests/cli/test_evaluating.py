@@ -38,16 +38,19 @@ def test_scores_are_a_table_and_a_file(run, capsys, monkeypatch):
     monkeypatch.setattr(classifier, "EXAMPLES", 200)
     assert cli.run(["evaluate", str(run), *FLAGS]) == 0
     out = capsys.readouterr().out
-    facts = json.loads((run / "quality/step-0000002-ddim-3.json").read_text())
+    facts = json.loads((run / "quality/step-0000002-ddim-3-seed0-6-images.json").read_text())
     assert facts["scores"].keys() >= {"frechet_pixels_6", "recall_6", "confident_real_10", "classifier_accuracy"}
     expected = {"step": 2, "sampler": "ddim", "steps": 3, "count": 6, "seed": 0, "weights": "ema"}
     assert facts | expected == facts
     assert f"{facts['scores']['frechet_pixels_6']:.4f}" in out
-    before = (run / "quality/step-0000002-ddim-3.json").read_bytes()
+    before = (run / "quality/step-0000002-ddim-3-seed0-6-images.json").read_bytes()
     assert cli.run(["evaluate", str(run / "checkpoints/step-0000002"), *FLAGS, "--batch-size", "64"]) == 0
-    assert (run / "quality/step-0000002-ddim-3.json").read_bytes() == before
+    assert (run / "quality/step-0000002-ddim-3-seed0-6-images.json").read_bytes() == before
     assert cli.run(["evaluate", str(run), "--count", "6", "--device", "cpu"]) == 0  # by the run's own sampler
-    facts = json.loads((run / "quality/step-0000002-ddpm-20.json").read_text())
+    assert cli.run(["evaluate", str(run), *FLAGS, "--weights", "raw", "--seed", "3"]) == 0
+    assert (run / "quality/step-0000002-ddim-3-seed0-6-images.json").read_bytes() == before
+    assert (run / "quality/step-0000002-ddim-3-raw-seed3-6-images.json").exists()
+    facts = json.loads((run / "quality/step-0000002-ddpm-20-seed0-6-images.json").read_text())
     assert (facts["sampler"], facts["steps"]) == ("ddpm", 20)
 
 
@@ -62,7 +65,7 @@ def test_images_that_moved_are_named_by_data(run, tmp_path, capsys):
         np.savez(tmp_path / "plain.npz", IMAGES[:100])  # the same images, without their labels
         assert cli.run(["evaluate", str(copied), *FLAGS, "--data", str(tmp_path / "plain.npz")]) == 0
         assert "the images have no labels: no classifier can judge the samples" in capsys.readouterr().out
-        assert (copied / "quality/step-0000002-ddim-3.json").exists()
+        assert (copied / "quality/step-0000002-ddim-3-seed0-6-images.json").exists()
     finally:
         moved.rename(images)
 

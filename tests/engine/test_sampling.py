@@ -7,7 +7,7 @@ from ddpm_fast.config import DiffusionConfig, SamplerConfig, UNetConfig
 from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
 from ddpm_fast.diffusion.samplers import Row, sampler_table
 from ddpm_fast.engine.execution import Execution, can_compile_for_cpu
-from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample
+from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample, stream
 from ddpm_fast.errors import MathematicsError
 from ddpm_fast.model.unet import UNet
 
@@ -57,6 +57,23 @@ def test_images_are_bit_identical_in_batches_of_one_shape(unet):
     assert torch.equal(whole[3:7], part)
 
 
+def test_what_is_there_is_left_out_and_the_rest_is_bit_identical(unet):
+    whole = sample(loop(unet), ImageRange(3, 0, 10), largest_batch=4)
+    there = {0, 1, 2, 3, 5, 8, 9}  # of batches 0..3, 4..7 and 8..9
+    ((first, rest),) = stream(loop(unet), ImageRange(3, 0, 10, there), 4)
+    assert first == 4
+    assert torch.equal(rest, whole[4:8])
+    assert list(stream(loop(unet), ImageRange(3, 0, 10, range(10)), 4)) == []
+
+
+def test_batches_come_as_they_are_made(unet):
+    made = []
+    batches = stream(loop(unet, "ddim", 2), ImageRange(0, 3, 5), 2, on_step=lambda k, x: made.append(k))
+    assert next(batches)[0] == 3
+    assert made == [0, 1]  # the steps of one batch
+    assert [(first, len(x)) for first, x in batches] == [(5, 2), (7, 1)]
+
+
 def test_batches_are_equal_and_padded_past_the_end():
     assert [b.tolist() for b in ImageRange(0, 5, 7).batches(3)] == [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
     assert [len(b) for b in ImageRange(0, 0, 65).batches(64)] == [33, 33]
@@ -91,7 +108,8 @@ def test_the_time_embedding_is_computed_once_for_all_steps(unet):
 
 def test_every_step_is_reported(unet):
     seen: list[int] = []
-    sample(loop(unet, "ddim", 4), ImageRange(0, 0, 3), 2, on_step=lambda k, x: seen.append(k))
+    for _ in stream(loop(unet, "ddim", 4), ImageRange(0, 0, 3), 2, on_step=lambda k, x: seen.append(k)):
+        pass
     assert seen == [0, 1, 2, 3] * 2
 
 
