@@ -12,6 +12,7 @@ from ddpm_fast.errors import flag, require, require_seed, require_types
 Prediction = Literal["eps", "x0", "v"]
 Variance = Literal["small", "large"]
 Spacing = Literal["trailing", "leading", "linspace"]
+Details = Literal["paper", "diffusers"]
 TimestepDensity = Literal["uniform", "laplace"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
@@ -47,6 +48,10 @@ class UNetConfig:
     """Probability, 0 to 1, that a ResBlock's inner activation is dropped in training."""
     groups: int = 32
     """Groups of every GroupNorm; must divide the channels of every level."""
+    head_channels: int = 0
+    """Channels per attention head; 0 is one head of all channels, as in the paper."""
+    details: Details = "paper"
+    """Padding, GroupNorm's epsilon and the time's sinusoids: the paper's, or those of diffusers' defaults."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -76,6 +81,11 @@ class UNetConfig:
             message = f"--attention-resolutions has {resolution}, but the feature maps are {resolutions} pixels high"
             require(resolution in resolutions, message)
         require(0 <= self.dropout < 1, f"--dropout is {self.dropout}: it must lie in [0, 1)")
+        require(self.head_channels >= 0, f"--head-channels is {self.head_channels}: it must not be negative")
+        for level, multiplier in enumerate(self.channel_multipliers) if self.head_channels else ():
+            width, attends = self.channels * multiplier, resolutions[level] in self.attention_resolutions
+            message = f"{width} channels do not divide into heads of {self.head_channels}: change --head-channels"
+            require(width % self.head_channels == 0 or not (attends or level == levels - 1), message)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast import textbook
+from ddpm_fast.checks.tables import visited
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, SamplerConfig, TrainingConfig, UNetConfig
 from ddpm_fast.diffusion.noise import (
     NoiseAddress,
@@ -234,8 +235,8 @@ def assert_samples_as_the_textbook(
     unet, diffusion = engine(config, kernels).unet, config.diffusion
     images = sample(SamplingLoop(unet, sampler_table(diffusion, sampler), execution=execution), IMAGES).double()
     network = textbook_unet(config.unet, unet.state_dict(), TrainingNumbers(0)).eval()
-    visited = textbook.choose_timesteps(diffusion.timesteps, sampler.steps, sampler.spacing)
-    process, random = textbook.ForwardProcess(diffusion, visited), SamplingNumbers(IMAGES)
+    process = textbook.ForwardProcess(diffusion, visited(diffusion.timesteps, sampler))
+    random = SamplingNumbers(IMAGES)
     x = random.randn(images.shape)
     if sampler.sampler == "ddpm":
         x = textbook.sample_ddpm(network, x, process, random)

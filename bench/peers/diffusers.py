@@ -29,26 +29,24 @@ class Tuning:
 
 
 def unet(config: UNetConfig) -> nn.Module:
-    """Build UNet2DModel as google/ddpm-cifar10-32 configures it: the paper's U-Net, weight for weight."""
+    """Build UNet2DModel as google/ddpm-cifar10-32 configures it, the paper's U-Net weight for weight; or its own."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     levels = range(len(config.channel_multipliers))
     attends = [(config.height >> level) in config.attention_resolutions for level in levels]
+    papers = {"freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0, "norm_eps": 1e-6}
     return UNet2DModel(
+        **(papers if config.details == "paper" else {}),  # pyright: ignore[reportArgumentType]
         sample_size=(config.height, config.width),
         in_channels=config.image_channels,
         out_channels=config.image_channels,
-        freq_shift=1,
-        flip_sin_to_cos=False,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         block_out_channels=tuple(config.channels * m for m in config.channel_multipliers),
         layers_per_block=config.res_blocks,
-        downsample_padding=0,
         dropout=config.dropout,
-        attention_head_dim=None,  # pyright: ignore[reportArgumentType]
+        attention_head_dim=config.head_channels or None,  # pyright: ignore[reportArgumentType]
         norm_num_groups=config.groups,
-        norm_eps=1e-6,
     )
 
 

@@ -58,7 +58,8 @@ def check_group_norm(trainer: Trainer) -> Iterator[CheckResult]:
         return ops.group_norm_silu(norm.x, norm.weight, norm.bias, groups, shift=norm.shift)
 
     def book(norm: Norm, groups: int) -> Tensor:
-        channels, config = len(norm.weight), replace(trainer.config.unet, channels=groups, groups=groups)
+        channels = len(norm.weight)
+        config = replace(trainer.config.unet, channels=groups, groups=groups, head_channels=0)
         eps = textbook.ResBlock(channels, channels, config).norm1.eps
         return F.silu(F.group_norm(norm.x + norm.shift[:, :, None, None], groups, norm.weight, norm.bias, eps))
 

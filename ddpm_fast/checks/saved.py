@@ -42,6 +42,7 @@ SMALL: dict[str, Any] = {
     "res_blocks": 1,
     "attention_resolutions": (),
     "groups": 2,
+    "head_channels": 0,
 }
 """What replaces the fields of the run's U-Net."""
 IMAGES = 64

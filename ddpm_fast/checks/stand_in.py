@@ -38,9 +38,10 @@ def _with_fewer_pixels(unet: UNetConfig) -> UNetConfig | None:
 def _narrower(unet: UNetConfig) -> UNetConfig | None:
     """Return the U-Net of half the channels, as many in a group if that is possible."""
     channels, groups = unet.channels // 2, unet.groups if unet.groups % 2 else unet.groups // 2
-    if channels % 2 or any(channels * multiplier % groups for multiplier in unet.channel_multipliers):
+    divides = not any(channels * multiplier % groups for multiplier in unet.channel_multipliers)
+    if channels % 2 or unet.head_channels % 2 or not divides:
         return None
-    return replace(unet, channels=channels, groups=groups)
+    return replace(unet, channels=channels, groups=groups, head_channels=unet.head_channels // 2)
 
 
 @cache

@@ -86,10 +86,16 @@ def name_of(sampler: SamplerConfig, table: SamplerTable) -> str:
     return f"{sampler.sampler}{eta} in {len(table.rows)} {sampler.spacing} steps"
 
 
+def visited(total: int, sampler: SamplerConfig) -> Tensor:
+    """Return the timesteps that the textbook has a sampler visit, ascending: [K]."""
+    steps = sampler.steps or total
+    all_but_0 = sampler.sampler == "dpm++" and sampler.spacing != "trailing" and steps < total
+    return textbook.choose_timesteps(total, steps + all_but_0, sampler.spacing)[int(all_but_0) :]
+
+
 def check_timesteps_of(diffusion: DiffusionConfig, sampler: SamplerConfig, table: SamplerTable) -> CheckResult:
     """Check which timesteps the network is told."""
-    total, steps = diffusion.timesteps, sampler.steps or diffusion.timesteps
-    expected = textbook.choose_timesteps(total, steps, sampler.spacing).flip(0)
+    expected = visited(diffusion.timesteps, sampler).flip(0)
     t = Row(*table.rows.unbind(1)).t
     name = f"{name_of(sampler, table)} visits the right timesteps"
     right = torch.equal(t, expected.double())
@@ -169,11 +175,10 @@ class Replay(nn.Module):
 
 def process_of(diffusion: DiffusionConfig, sampler: SamplerConfig) -> textbook.ForwardProcess:
     """Return the textbook's process of the visited timesteps, with the engine's alpha_bar."""
-    total = diffusion.timesteps
-    visited = textbook.choose_timesteps(total, sampler.steps or total, sampler.spacing)
+    t = visited(diffusion.timesteps, sampler)
     any_schedule = replace(diffusion, schedule="linear")  # the textbook may not know the run's
-    process, alpha_bar = textbook.ForwardProcess(any_schedule, visited), samplers.make_alpha_bar(diffusion)
-    process.alpha_bar = alpha_bar[visited.clamp(max=len(alpha_bar) - 1)]
+    process, alpha_bar = textbook.ForwardProcess(any_schedule, t), samplers.make_alpha_bar(diffusion)
+    process.alpha_bar = alpha_bar[t.clamp(max=len(alpha_bar) - 1)]
     process.alpha_bar_prev = torch.cat([torch.ones_like(process.alpha_bar[:1]), process.alpha_bar[:-1]])
     return process
 

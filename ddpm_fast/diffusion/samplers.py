@@ -64,6 +64,21 @@ def strided_timesteps(total: int, steps: int, spacing: Spacing) -> Tensor:
     return torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long().flip(0)
 
 
+def visited_timesteps(total: int, sampler: SamplerConfig) -> Tensor:
+    """Choose the timesteps that a sampler visits: [K] int64, from high to low.
+
+    DPM-Solver++ goes from one of K + 1 timesteps to the next (Lu et al. 2022, Algorithm 2), and its last step here on
+    to clean data: of leading and linspace, which would end on t = 0, it visits all but that, as diffusers does.
+
+    Raises:
+        InputError: there are fewer timesteps than steps.
+    """
+    steps = sampler.steps or total
+    if sampler.sampler == "dpm++" and sampler.spacing != "trailing" and steps < total:
+        return strided_timesteps(total, steps + 1, sampler.spacing)[:-1]
+    return strided_timesteps(total, steps, sampler.spacing)
+
+
 def _next(alpha_bar: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return alpha_bar at each row and at the row after it, which for the last row is clean data: 1."""
     alpha_bar = alpha_bar[t]
@@ -160,9 +175,8 @@ def sampler_table(diffusion: DiffusionConfig, sampler: SamplerConfig = PAPER) ->
         InputError: more steps than timesteps, or an eta outside 0..1.
     """
     alpha_bar = make_alpha_bar(diffusion)
-    total, steps = diffusion.timesteps, sampler.steps or diffusion.timesteps
     require(0 <= sampler.eta <= 1, f"--eta is {sampler.eta}: it must lie in [0, 1]")
-    t = strided_timesteps(total, steps, sampler.spacing)
+    t = visited_timesteps(diffusion.timesteps, sampler)
     if sampler.sampler == "ddpm":
         row = ddpm_rows(alpha_bar, t, diffusion.prediction, diffusion.variance)
     elif sampler.sampler == "ddim":

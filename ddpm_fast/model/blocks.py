@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_fast.constants import GROUP_NORM_EPS
 from ddpm_fast.diffusion.noise import NoiseAddress
 from ddpm_fast.model.sums import ConvBeforeNorm, FeatureMap, Sum, value_of
 from ddpm_fast.ops import REFERENCE
@@ -30,12 +31,12 @@ class FusedGroupNorm(nn.Module):
         if channels % groups:
             raise ValueError(f"{channels} channels do not divide into {groups} groups")
         self.groups, self.silu = groups, silu
-        self.ops = REFERENCE  # the U-Net sets what it uses
+        self.ops, self.eps = REFERENCE, GROUP_NORM_EPS  # the U-Net sets what it uses
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, shift: Tensor | None = None, dropout: Dropout | None = None) -> Tensor:
-        options = {"shift": shift, "silu": self.silu, "dropout": dropout}
+        options = {"shift": shift, "silu": self.silu, "dropout": dropout, "eps": self.eps}
         return self.ops.group_norm_silu(x, self.weight, self.bias, self.groups, **options)
 
 
@@ -44,7 +45,7 @@ class ResidualGroupNorm(FusedGroupNorm):
 
     def forward(self, x: FeatureMap, skip: FeatureMap | None = None) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the branch's input, and x, with the skip connection's channels, for the connection past the branch."""
-        options = {"silu": self.silu, "beside": None if skip is None else value_of(skip)}
+        options = {"silu": self.silu, "eps": self.eps, "beside": None if skip is None else value_of(skip)}
         if not isinstance(x, Sum) or x.value is not None:
             x = value_of(x)
             return self.ops.group_norm_silu_and_residual(x, self.weight, self.bias, self.groups, **options)
@@ -104,10 +105,11 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels, one head, residual."""
+    """Self-attention over pixels, residual."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, heads: int = 1) -> None:
         super().__init__()
+        self.heads = heads
         self.group_norm = ResidualGroupNorm(channels, groups, silu=False)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
@@ -146,9 +148,9 @@ class Attention(nn.Module):
         height, width = h.shape[2:]
         pixels = h.flatten(2).transpose(1, 2)  # [N, H*W, C]
         qkv = F.linear(pixels, *self.stacked()) if self.joined is None else self.joined(pixels)
-        q, k, v = qkv[:, None].chunk(3, dim=3)
-        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # scale C^-0.5
-        h = self.output(mixed).transpose(1, 2).unflatten(2, (height, width))
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+        mixed = F.scaled_dot_product_attention(q, k, v)  # [N, heads, H*W, D], scale D^-0.5
+        h = self.output(mixed.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, (height, width))
         return Sum(h, past) if self.leaves_sums else past + h
 
 
@@ -159,14 +161,15 @@ def constant(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
 
 
 class Downsample(nn.Module):
-    """Halve H and W by a strided convolution, padded on the right and bottom only, as TensorFlow's SAME."""
+    """Halve H and W by a strided convolution, padded on the right and bottom only, as TensorFlow's SAME, or all round."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, all_round: bool = False) -> None:
         super().__init__()
-        self.conv = ConvBeforeNorm(channels, channels, 3, stride=2)
+        self.conv = ConvBeforeNorm(channels, channels, 3, stride=2, padding=int(all_round))
 
     def forward(self, x: FeatureMap) -> FeatureMap:
-        return self.conv(F.pad(value_of(x), (0, 1, 0, 1)))
+        x = value_of(x)
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):

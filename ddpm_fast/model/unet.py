@@ -27,6 +27,9 @@ from ddpm_fast.model.forms import Forms
 from ddpm_fast.model.sums import ConvBeforeNorm, value_of
 from ddpm_fast.ops import REFERENCE, Ops
 
+DIFFUSERS_EPS = 1e-5
+"""What diffusers' UNet2DModel adds to a variance by default."""
+
 
 class TimeEmbedding(nn.Module):
     """Linear, SiLU, Linear over the sinusoids: [N, channels] -> [N, D]."""
@@ -53,13 +56,16 @@ class UNet(nn.Module):
         down, skips = self._build_down(widths)
         self.down_blocks = LevelList(down)
         self.mid_block = MiddleBlock(
-            [self._res_block(widths[-1], widths[-1]) for _ in range(2)], Attention(widths[-1], config.groups)
+            [self._res_block(widths[-1], widths[-1]) for _ in range(2)], self._attention(widths[-1])
         )
         self.up_blocks = LevelList(self._build_up(widths, skips))
         self.conv_norm_out = FusedGroupNorm(widths[0], config.groups)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
         for number, block in enumerate(self.res_blocks()):
             block.layer = number
+        for module in self.modules() if config.details == "diffusers" else ():
+            if isinstance(module, FusedGroupNorm):
+                module.eps = DIFFUSERS_EPS
         self.use(REFERENCE)
         self.initialize()
 
@@ -69,14 +75,17 @@ class UNet(nn.Module):
 
     def _attentions(self, level: int, channels: int, count: int) -> list[Attention]:
         has_attention = (self.config.height >> level) in self.config.attention_resolutions
-        return [Attention(channels, self.config.groups) for _ in range(count)] if has_attention else []
+        return [self._attention(channels) for _ in range(count)] if has_attention else []
+
+    def _attention(self, channels: int) -> Attention:
+        return Attention(channels, self.config.groups, channels // (self.config.head_channels or channels))
 
     def _build_down(self, widths: list[int]) -> tuple[list[Level], list[int]]:
         """Build the way down; also return the channels of every skip connection, in order."""
         levels, skips, last = list[Level](), [widths[0]], len(widths) - 1
         for level, width in enumerate(widths):
             blocks = [self._res_block(skips[-1] if i == 0 else width, width) for i in range(self.config.res_blocks)]
-            resize = Downsample(width) if level < last else None
+            resize = Downsample(width, self.config.details == "diffusers") if level < last else None
             levels.append(Level(blocks, self._attentions(level, width, len(blocks)), resize))
             skips += [width] * (len(blocks) + (resize is not None))
         return levels, skips
@@ -150,6 +159,15 @@ class UNet(nn.Module):
                 module.leave_sums()
         return self.requires_grad_(False).eval()
 
+    def _sinusoids(self, t: Tensor) -> Tensor:
+        """Embed timesteps [N]: [N, channels]."""
+        channels = self.config.channels
+        if self.config.details == "paper":
+            return self.ops.timestep_embedding(t, channels)
+        # diffusers' frequencies fall a little less, to where one more of ours would end; and cosines come first.
+        sines, cosines = self.ops.timestep_embedding(t, channels + 2).chunk(2, dim=1)
+        return torch.cat([cosines[:, :-1], sines[:, :-1]], dim=1)
+
     def time_shifts(self, t: Tensor) -> Tensor:
         """Compute what every ResBlock adds to its first convolution's output for timestep t; once for all steps.
 
@@ -162,7 +180,7 @@ class UNet(nn.Module):
             [N, S], the blocks' shifts side by side in forward order.
         """
         blocks = self.res_blocks()
-        embedding = self.time_embedding(self.ops.timestep_embedding(t, self.config.channels))
+        embedding = self.time_embedding(self._sinusoids(t))
         weight = torch.cat([block.time_emb_proj.weight for block in blocks])
         bias = torch.cat([block.time_emb_proj.bias for block in blocks])
         conv_bias = torch.cat([block.conv1.bias for block in blocks if block.conv1.bias is not None])

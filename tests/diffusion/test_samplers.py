@@ -275,11 +275,8 @@ def test_dpm_solver_is_diffusers(steps, spacing, schedule, clip):
         config = DiffusionConfig(schedule=schedule, prediction=prediction, clip=clip)  # pyright: ignore[reportArgumentType]
         bar = make_alpha_bar(config)
         scheduler.set_timesteps(steps)
-        # Theirs visits K of K + 1 strided places where spacing is not trailing, so the rows are built from its own t.
-        t = scheduler.timesteps[:steps]
-        table = SamplerTable(torch.stack(samplers.dpm_solver_rows(bar, t, config.prediction), 1), clip)
-        if spacing == "trailing":
-            assert torch.equal(table.rows, table_of(config, SamplerConfig("dpm++", steps)).rows)
+        table, t = table_of(config, SamplerConfig("dpm++", steps, spacing=spacing)), scheduler.timesteps
+        assert table.rows[:, 0].tolist() == t.tolist()
         scheduler.sigmas = torch.cat([((1 - bar[t]) / bar[t]).sqrt(), torch.zeros(1, dtype=torch.float64)])
         x, theirs = x_last(), []
         for t_k in t.tolist():

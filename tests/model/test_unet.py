@@ -21,6 +21,7 @@ from ddpm_fast.presets import PRESETS
 CONFIGS = {
     "non-square": UNetConfig(3, 8, 12, 16, (1, 2), 2, (4,), groups=4),
     "grey": UNetConfig(1, 8, 8, 8, (1, 1, 2), 1, (8,), groups=4),
+    "diffusers": UNetConfig(3, 8, 8, 16, (1, 2), 1, (8, 4), groups=4, head_channels=8, details="diffusers"),
     "attention-at-three": UNetConfig(2, 16, 16, 12, (1, 2, 1), 1, (16, 8, 4), groups=3),
 }
 SMALL = UNetConfig(3, 8, 8, 16, (1, 2), 1, (4,), groups=4)
