@@ -1,13 +1,18 @@
 # make demo: train on handwritten digits and sample new ones.   make test: lint, types, tests.   make bench: speed.
 # make test-slow: the slow tests.   make test-oldest: the tests on the oldest supported versions.   make test-gpu: those that a GPU is tested with.
-# PIP_OPTIONS is handed to pip, e.g. PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Without an NVIDIA GPU, and where its wheel is known by its hash, PyTorch is its CPU build; TORCH=pypi or TORCH=cpu decides.
+# PIP_OPTIONS is handed to pip.
 
 PYTHON ?= python3
 PIP_OPTIONS ?=
+TORCH ?= $(shell $(PYTHON) requirements/torch_build.py)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_OPTIONS)
+PIP := -m pip install --quiet --disable-pip-version-check
+# Every wheel has a hash in requirements/, or pip refuses it. An editable package cannot have one: it goes in alone.
+LOCKED := $(BIN)/python $(PIP) $(PIP_OPTIONS) --require-hashes --no-deps --only-binary :all: --requirement
+THIS := $(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 
-.PHONY: demo test test-slow test-oldest test-gpu bench clean
+.PHONY: demo test test-slow test-oldest test-gpu bench lock clean
 
 demo: .venv/installed
 	@out=runs/demo; n=2; while [ -e $$out ]; do out=runs/demo-$$n; n=$$((n + 1)); done; \
@@ -33,29 +38,40 @@ test-oldest: .venv-oldest/installed
 test-gpu: .venv/installed-test
 	$(BIN)/python -m pytest -m gpu -n 8 --dist worksteal
 
-bench: .venv/installed-bench
+bench: .venv/installed-test
 	$(BIN)/python -m pytest bench --benchmark-only
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml requirements/run.txt requirements/torch-$(TORCH).txt
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable .
+	$(LOCKED) requirements/torch-$(TORCH).txt
+	$(LOCKED) requirements/run.txt
+	$(THIS)
 	@touch $@
 
-.venv/installed-test: .venv/installed
-	$(PIP) --editable '.[test]'
+.venv/installed-test: .venv/installed requirements/test.txt
+	$(LOCKED) requirements/test.txt
 	@touch $@
 
-.venv/installed-bench: .venv/installed
-	$(PIP) --editable '.[bench]'
-	@touch $@
-
-.venv-oldest/installed: pyproject.toml constraints.txt
+# As constraints, without hashes, and without what is exchanged or belongs to the newer PyTorch.
+.venv-oldest/installed: pyproject.toml requirements/test.txt
 	$(PYTHON) -m venv .venv-oldest
-	sed -E 's/^(torch)==.*/\1==2.11.0/; s/^(triton)==.*/\1==3.6.0/; s/^(numpy)==.*/\1==2.3.5/' constraints.txt \
+	grep -E '^[a-z]' requirements/test.txt | grep -vE '^(triton|numpy|setuptools)=' | sed 's/ \\$$//' \
 		> .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint .venv-oldest/constraints.txt $(PIP_OPTIONS) --editable '.[test]'
+	.venv-oldest/bin/python $(PIP) --constraint .venv-oldest/constraints.txt $(PIP_OPTIONS) \
+		torch==2.11.0 triton==3.6.0 numpy==2.3.5 --editable '.[test]'
 	@touch $@
+
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --only-binary :all: --no-annotate \
+	--custom-compile-command "make lock"
+WITHOUT_TORCH = --constraint requirements/torch-pypi.txt \
+	$$(sed -nE 's/^(torch|(nvidia|cuda)-[a-z0-9-]+)==.*/--no-emit-package \1/p' requirements/torch-pypi.txt)
+
+# Needs uv (https://docs.astral.sh/uv). Versions stay as they are; with UPGRADE=--upgrade they become the newest. The hash of
+# another PyTorch's CPU build, from https://download.pytorch.org/whl/cpu, goes into requirements/torch-cpu.txt by hand.
+lock:
+	echo torch==2.13.0 | $(COMPILE) $(UPGRADE) - --output-file requirements/torch-pypi.txt
+	$(COMPILE) $(UPGRADE) $(WITHOUT_TORCH) pyproject.toml --extra hub --extra test --output-file requirements/test.txt
+	$(COMPILE) $(WITHOUT_TORCH) --constraint requirements/test.txt pyproject.toml --output-file requirements/run.txt
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info

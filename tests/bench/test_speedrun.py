@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from bench.speedrun import __main__ as command
 from bench.speedrun import race as racing
 from bench.speedrun import record
 from bench.speedrun.loops import OURS, PLAIN, RECIPE, Diffusers, build
@@ -19,6 +18,9 @@ from ddpm_fast.config import Config, DataConfig, DiffusionConfig, SamplerConfig,
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.errors import InputError
 from ddpm_fast.textbook import ForwardProcess
+
+pytest.importorskip("tyro", reason="the race's flags are parsed by it")
+from bench.speedrun import __main__ as command  # noqa: E402
 
 TINY = Config(
     unet=UNetConfig(1, 8, 8, 8, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=4),
