@@ -20,7 +20,7 @@ from ddpm_fast.errors import InputError
 from ddpm_fast.textbook import ForwardProcess
 
 pytest.importorskip("tyro", reason="the race's flags are parsed by it")
-from bench.speedrun import __main__ as command  # noqa: E402
+from bench.speedrun import __main__ as command
 
 TINY = Config(
     unet=UNetConfig(1, 8, 8, 8, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=4),
