@@ -44,7 +44,7 @@ PRESETS: dict[str, Config] = {
     # A thousand or two of small pictures, such as emoji, in five minutes.
     "icons32": Config(
         preset="icons32",
-        unet=UNetConfig(3, 32, 32, 16, (1, 2, 4), res_blocks=1, attention_resolutions=(), groups=8),
+        unet=UNetConfig(3, 32, 32, 16, (1, 2, 4, 4), res_blocks=1, attention_resolutions=(8,), groups=8),
         diffusion=_FAST,
         training=_in_minutes(1500),
         sampling=SamplerConfig("dpm++", 20),
