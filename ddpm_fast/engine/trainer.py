@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_fast.config import Config
 from ddpm_fast.constants import StepFigures, StepNumbers
@@ -18,6 +18,7 @@ from ddpm_fast.diffusion.schedule import TrainingTable, timestep_shares, timeste
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, Work
 from ddpm_fast.engine.execution import EAGER, Execution, choose_dtype
 from ddpm_fast.engine.flat_weights import FlatWeights, Parts
+from ddpm_fast.engine.inspection import X_T, FirstNotFinite, Largest, watched
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
 
@@ -210,33 +211,30 @@ class Trainer:
         self.step = step
 
     def locate_nonfinite(self) -> str:
-        """Run the latched step again (its noise has an address) and say where a value stops being finite."""
+        """Run the latched step again (its noise has an address) and name what is the first not to be finite.
+
+        Returns:
+            As "the output of conv_in"; "" where all of it is finite this time.
+        """
         self.step = int(self.numbers.bad_step)
         self.load_batch()
         self._compiled_loss = self._loss_of_batch  # hooks are not seen in compiled code
-        found: list[str] = []
-        hooks = [
-            module.register_forward_hook(_finite_hook(name, found))
-            for name, module in self.flat.network.named_modules()
-            if name and not isinstance(module, nn.ModuleList)
-        ]
-        try:
+        first = FirstNotFinite()
+        with watched(self.flat.network, first.look):
             loss = self.backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if found:
-            return f"the output of {found[0]} is not finite"
+        if first.name:
+            return "x_t, which the network reads," if first.name == X_T else f"the output of {first.name}"
         broken = [name for name, gradient in self.gradients.items() if not torch.isfinite(gradient).all()]
         if broken:
-            return f"the gradient of {broken[-1]} is not finite"  # the last is the first in backward order
-        return f"the loss is {float(loss)} and the gradient's norm overflowed"
+            return f"the gradient of {broken[-1]}"  # the last is the first in backward order
+        if not torch.isfinite(loss):
+            return "the loss"
+        return "" if torch.isfinite(self.flat.gradient.square().sum()) else "the norm of the gradient"
 
-
-def _finite_hook(name: str, found: list[str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs = output if isinstance(output, tuple) else (output,)
-        if not all(torch.isfinite(one).all() for one in outputs):
-            found.append(name)
-
-    return look
+    @torch.no_grad()
+    def largest_output(self, images: int) -> tuple[str, float]:
+        """Pass the last batch's first images through the network: the layer of the largest output, and how large."""
+        largest = Largest()
+        with watched(self.flat.network, largest.look):
+            self._losses_of_batch(self.images[:images], self.sample_index[:images])
+        return largest.found()

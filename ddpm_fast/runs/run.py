@@ -24,13 +24,11 @@ from ddpm_fast.runs.decisions import Decisions, decide
 from ddpm_fast.runs.directory import amend_last_metrics, prepare, read_metrics
 from ddpm_fast.runs.evaluation import is_due
 from ddpm_fast.runs.grids import to_uint8
+from ddpm_fast.runs.guards import Guards
 from ddpm_fast.runs.previews import Previews
 from ddpm_fast.runs.progress import TrainingProgress
 from ddpm_fast.runs.saver import Saver
 from ddpm_fast.runs.signals import InterruptedRunError, Signals
-
-SLOW_START_STEPS = 500
-"""By this step, and after the warm-up, the loss must have fallen below that of predicting nothing."""
 
 
 class Run:
@@ -82,6 +80,7 @@ class Run:
         untimed = 0 if execution == EAGER else WARM_UP_STEPS + 1
         self.progress = TrainingProgress(config, self.trainer.step, untimed, progress)
         prepare(directory, config, dataset.fingerprint, self.trainer.step, asdict(decided))
+        self.guards = Guards(config, directory, self.trainer, self.saver.wait)
         self._logged = max((line["step"] for line in read_metrics(directory)), default=0)
 
     @property
@@ -94,7 +93,7 @@ class Run:
 
         Raises:
             InterruptedRunError: SIGINT or SIGTERM arrived; the run is saved.
-            MathematicsError: a loss or gradient was not finite; the last good checkpoint is kept.
+            MathematicsError: a value was not finite, or the run diverges; the last good checkpoint is kept.
             InputError: the disk is full or not writable.
         """
         trainer = self.trainer
@@ -131,6 +130,7 @@ class Run:
         elif step > 0 and self._evaluation_is_due() and "evaluation" not in read_metrics(self.directory)[-1]:
             evaluated = evaluation.read(self.directory, step) or self._evaluate()
             amend_last_metrics(self.directory, {"evaluation": evaluation.summary(evaluated)})
+            self.guards.look_at_evaluation(evaluated)
         if step > self._saved and self.saver.is_due(step, self.finished):
             self.save()
         if self._scores_are_missing():
@@ -169,21 +169,9 @@ class Run:
         how = f"continue by ddpm-fast train --out {shlex.quote(str(self.directory))} --resume{against}{until}"
         return InterruptedRunError(number, f"{done}; {how}")
 
-    def _stop_if_not_finite(self) -> None:
-        bad_step = int(self.trainer.numbers.bad_step)
-        if bad_step >= 0:
-            self.saver.wait()
-            where = self.trainer.locate_nonfinite()
-            good = checkpoint.newest(self.directory)
-            kept = f"the last good checkpoint is {good.path}" if good else "there was no checkpoint yet"
-            raise MathematicsError(
-                f"step {bad_step}: {where}; {kept}. "
-                "Try a lower --learning-rate, a longer --warmup-steps, or --precision fp32"
-            )
-
     def _evaluate(self) -> evaluation.Evaluation:
         """Evaluate the weights and keep what was found; the time it takes is not training's."""
-        self._stop_if_not_finite()
+        self.guards.stop_if_not_finite()
         with self.progress.doing("evaluating"), writing(self.directory):
             evaluated = self.evaluation_set.evaluate(self.trainer)
             evaluation.write(self.directory, self.trainer.step, evaluated)
@@ -206,12 +194,14 @@ class Run:
 
     def _log(self, evaluated: evaluation.Evaluation | None = None) -> None:
         """Write one line of metrics, and say it."""
-        self._stop_if_not_finite()
+        self.guards.stop_if_not_finite()
         with self.signals.held():
             metrics = self._write_metrics(evaluated)
-        self._warn_if_not_learning(metrics["loss"])
         found = metrics.get("evaluation")
         self.progress.report(f"loss {metrics['loss']:.4f}" + (f", {evaluation.in_words(found)}" if found else ""))
+        self.guards.look_at_log(metrics)
+        if evaluated:
+            self.guards.look_at_evaluation(evaluated)
 
     def _write_metrics(self, evaluated: evaluation.Evaluation | None) -> dict[str, Any]:
         """Write one line of metrics and return it; the loss is that of the steps since the last."""
@@ -237,23 +227,9 @@ class Run:
         self.board.add_scalar("images_per_s", metrics["wall"]["images_per_s"], trainer.step)
         return metrics
 
-    def _warn_if_not_learning(self, loss: float) -> None:
-        """Say so once if the loss has not left that of predicting nothing."""
-        training = self.config.training
-        due = max(SLOW_START_STEPS, training.warmup_steps)
-        if not 0 <= self.trainer.step - due < training.log_every:
-            return
-        nothing = self.trainer.zero_prediction_loss()
-        if loss > 0.9 * nothing:
-            say(
-                f"warning: after {self.trainer.step} steps the loss {loss:.3f} is still that of predicting nothing "
-                f"({nothing:.3f}): the learning rate may be far too low or too high, or the data may be constant; "
-                f"run ddpm-fast check {self.directory}"
-            )
-
     def save(self) -> None:
         """Begin to write a checkpoint; never one that is not finite."""
-        self._stop_if_not_finite()
+        self.guards.stop_if_not_finite()
         step = self.trainer.step
         with self.progress.doing(f"saving step {step:,}"):
             self.saver.wait()
