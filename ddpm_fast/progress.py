@@ -63,6 +63,10 @@ class Progress:
             self.what = what
             self.bar.set_description(what, refresh=False)
 
+    def expect(self, units: int) -> None:
+        """Count on so many units from now on, which are more than was thought."""
+        self.total = self.bar.total = self.done + units
+
     def advance(self, units: int = 1) -> None:
         """Count units that are done."""
         self.done += units

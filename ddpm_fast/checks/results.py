@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-import torch
-
 from ddpm_fast.config import Stage
+from ddpm_fast.engine.memory import is_out_of_memory
 from ddpm_fast.errors import InputError
 
 PACKAGE = Path(__file__).parents[1]
@@ -59,13 +58,16 @@ def naming_errors(stage: Stage, name: str, results: Iterable[CheckResult]) -> It
     """Yield a stage's results; an error in the engine under it ends them in a line that says where it was raised.
 
     Raises:
-        InputError, OutOfMemoryError: nothing is wrong but what was asked for.
+        InputError: nothing is wrong but what was asked for.
+        Exception: memory did not suffice.
     """
     try:
         yield from results
-    except (InputError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)[::-1]]
         inside = [(file, line) for file, line in frames if PACKAGE in file.parents]
         places = [(file, line) for file, line in inside if file.parent.name != "checks"] or inside

@@ -10,13 +10,13 @@ from ddpm_fast.api import next_free, train_config
 from ddpm_fast.cli.arguments import SweepArguments
 from ddpm_fast.cli.comparing import write_page
 from ddpm_fast.config import Config
+from ddpm_fast.engine.memory import free_memory
 from ddpm_fast.errors import MathematicsError, NotEnoughMemoryError, require
 from ddpm_fast.files import require_writable
 from ddpm_fast.flags import changed_flags
 from ddpm_fast.options import StartOptions
 from ddpm_fast.runs.against import LOST
 from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, open_run
-from ddpm_fast.runs.device import free_memory
 from ddpm_fast.runs.signals import InterruptedRunError
 from ddpm_fast.runs.sweep import FAILED, Plan, failed, ranking, read_grid, read_plan, verdict_of
 

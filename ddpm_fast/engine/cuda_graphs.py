@@ -4,6 +4,7 @@ The work must read and write tensors at fixed addresses and take nothing from th
 to the next is written into those tensors before. It must not wait for the device either.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -11,6 +12,9 @@ from typing import Protocol
 import torch
 
 Work = Callable[[], None]
+
+CAPTURING = threading.Lock()
+"""One capture at a time in a process, in whichever thread: each begins by waiting for the whole device."""
 
 
 class GraphBackend(Protocol):
@@ -36,16 +40,23 @@ class CudaGraphs:
 
     def warm_up(self, work: Work) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            work()
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                work()
+        finally:  # what was launched still runs where the work ended early
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         # thread_local: the thread that copies the next batch ahead may allocate and copy meanwhile.
         captured = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
-        with torch.cuda.device(self.device), captured:
-            work()
+        outside = torch.cuda.current_stream(self.device)
+        try:
+            with CAPTURING, torch.cuda.device(self.device), captured:
+                work()
+        except BaseException:  # PyTorch leaves its stream in place where a capture cannot be ended
+            torch.cuda.set_stream(outside)
+            raise
         return graph.replay
 
 

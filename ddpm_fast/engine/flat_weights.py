@@ -118,6 +118,10 @@ class FlatWeights:
         without = [self._places[name] for name, p in self._computing.items() if p.grad is None]
         if without and not add:  # a layer that this step left out: else the last step's gradient would count again
             torch._foreach_zero_(without)
+        self.discard_gradients()
+
+    def discard_gradients(self) -> None:
+        """Forget what a backward pass left in the network's parameters."""
         for parameter in self._computing.values():
             parameter.grad = None
 

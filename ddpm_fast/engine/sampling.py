@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.constants import SAMPLER_COLUMN
-from ddpm_fast.diffusion.noise import NoiseAddress, Stream, key_from_seed, normal
+from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import Row, SamplerTable
+from ddpm_fast.engine.buffers import Buffers
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, InFlight, Work, memory_of
 from ddpm_fast.engine.execution import EAGER, Execution
+from ddpm_fast.engine.memory import in_batches_that_fit
 from ddpm_fast.errors import MathematicsError
 from ddpm_fast.model.unet import UNet
-from ddpm_fast.progress import Progress
+from ddpm_fast.progress import Progress, say
 
 GRAPH_STEPS = 20
 """Steps in the replayed graph: few launches, and few nodes (some 10 KB of memory each). Not tuned on a GPU yet."""
@@ -41,39 +43,6 @@ class StepFunctions(NamedTuple):
 
     denoise: Callable[[Tensor, Tensor], Tensor]
     reverse_step: Callable[..., None]
-
-
-class Buffers:
-    """A batch size's tensors, at addresses that never change, and the graphs over them."""
-
-    def __init__(self, images: int, unet: UNet, table: SamplerTable, dtype: torch.dtype, device: torch.device) -> None:
-        config = unet.config
-        shape = (images, config.image_channels, config.height, config.width)
-        # NHWC is what the kernels take, and what convolutions on a CPU ran faster on.
-        self.x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
-        self.x0 = torch.zeros_like(self.x) if table.multistep else None
-        self.x_low_precision = None if dtype == torch.float32 else torch.zeros_like(self.x, dtype=dtype)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self.key = torch.zeros(2, dtype=torch.int64, device=device)
-        self.sample_index = torch.zeros(images, dtype=torch.int64, device=device)
-        self.one_step: Work | None = None
-        self.many_steps: Work | None = None
-
-    @property
-    def model_input(self) -> Tensor:
-        """What the U-Net reads: x, or its copy in lower precision."""
-        return self.x if self.x_low_precision is None else self.x_low_precision
-
-    def start(self, address: NoiseAddress, row: int = 0) -> None:
-        """Write pure noise, the address of all the noise to come, and the row to begin with."""
-        self.key.copy_(address.key)
-        self.sample_index.copy_(address.sample_index)
-        self.step.fill_(row)
-        self.x.copy_(normal(address, 0, Stream.SAMPLING, (self.x.shape[1], self.x.shape[2], self.x.shape[3])))
-        if self.x_low_precision is not None:
-            self.x_low_precision.copy_(self.x)
-        if self.x0 is not None:
-            self.x0.zero_()
 
 
 def sampling_copy(unet: UNet, dtype: torch.dtype) -> UNet:
@@ -119,6 +88,7 @@ class SamplingLoop:
         self.graphs = graphs or (CudaGraphs(self.device) if execution.captured else None)
         self.graph_bytes = 0  # that captures took, all batch sizes together
         self.buffers_by_size: OrderedDict[int, Buffers] = OrderedDict()
+        self.most_images = 2**32  # at once, of which memory was not seen to be too small
 
     @torch.no_grad()
     def _compute_time_shifts(self, unet: UNet) -> Tensor:
@@ -277,7 +247,8 @@ def stream(
     Raises:
         MathematicsError: a value is not finite.
     """
-    key, batches = key_from_seed(images.seed, loop.device), images.batches(largest_batch)
+    key, end = key_from_seed(images.seed, loop.device), images.first + images.count
+    batches = images.batches(min(largest_batch, loop.most_images))
     total = len(loop.rows) * len(batches)
     what = "compiling, then sampling" if loop.execution.compiled else "sampling"
     with Progress(what, total, "step", progress, leave=False) as shown:
@@ -286,13 +257,19 @@ def stream(
             shown.rename("sampling")
             shown.advance(steps)
 
-        for sample_index in batches:
-            address = NoiseAddress(key, sample_index.to(loop.device))
-            first = int(sample_index[0])
-            x = loop.run(address, on_step, advance).cpu()[: images.first + images.count - first]
-            if not torch.isfinite(x).all():
+        def make(sample_index: Tensor) -> Tensor:
+            return loop.run(NoiseAddress(key, sample_index.to(loop.device)), on_step, advance).cpu()
+
+        def take_less(left: int, size: int) -> None:
+            loop.buffers_by_size.clear()
+            loop.most_images = size
+            shown.expect(len(loop.rows) * left)
+            say(f"memory did not suffice for more: images are made {size} at a time from here on, and are the same")
+
+        for first, x in in_batches_that_fit(batches, make, take_less):
+            if not torch.isfinite(x[: end - first]).all():
                 raise MathematicsError("a sampled value is not finite: the weights are broken, or bf16 overflowed")
-            yield first, x
+            yield first, x[: end - first]
 
 
 def sample(loop: SamplingLoop, images: ImageRange, largest_batch: int = 64, progress: bool | None = None) -> Tensor:

@@ -48,6 +48,10 @@ class Trainer:
     undivided: Callable[[], AbstractContextManager[object]]
     """Entered around what must not be interrupted half way, and nothing else: at any other line an exception may end
     the step, and the trainer stands where its last whole step left it."""
+    accumulate: int
+    """Parts that a batch is split into: those of the configuration, or more where memory did not suffice for them."""
+    half_updated: bool
+    """Whether an update of the weights began and did not end: then the trainer stands nowhere."""
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Trainer:
         self.dtype = choose_dtype(config.training.precision, device)
         self.graphs = graphs or (CudaGraphs(device) if execution.captured else None)
         self._compiled_loss = execution.compile(self._loss_of_batch)
+        self.accumulate, self.half_updated = config.training.accumulate, False
         self._warm_ups = 0
         self._replay: Work | None = None
         self.unet = new_unet(config, device)
@@ -115,7 +120,7 @@ class Trainer:
 
     def backward(self) -> Tensor:
         """Compute the loaded batch's loss [], and its gradients into `gradients`, part by part."""
-        part, total = self.config.training.batch_size // self.config.training.accumulate, None
+        part, total = self.config.training.batch_size // self.accumulate, None
         for images, sample_index in zip(self.images.split(part), self.sample_index.split(part), strict=True):
             loss = self._compiled_loss(images, sample_index)
             loss.backward()
@@ -139,24 +144,55 @@ class Trainer:
         if self.graphs is None:
             loss = self.backward()
             with self.undivided():
-                self.flat.update(loss, self.config.training)
-                self.step += 1
+                self._update(loss)
+                self._count_step()
         else:
             with self.undivided():
                 self._take_captured_step(self.graphs)
-                self.step += 1
+                self._count_step()
+
+    def _update(self, loss: Tensor) -> None:
+        self.half_updated = True
+        self.flat.update(loss, self.config.training)
+
+    def _count_step(self) -> None:
+        self.step += 1
+        self.half_updated = False
 
     def _take_captured_step(self, graphs: GraphBackend) -> None:
         if self._warm_ups < WARM_UP_STEPS:
             graphs.warm_up(self._device_step)
             self._warm_ups += 1
         else:
-            self._replay = self._replay or graphs.capture(self._device_step)
+            if self._replay is None:
+                try:
+                    self._replay = graphs.capture(self._device_step)
+                finally:
+                    self.half_updated = False  # a capture updates nothing
+            self.half_updated = True
             self._replay()
 
     def _device_step(self) -> None:
         """Do all of a step's work on the device (Algorithm 1, lines 2 to 5); what is captured."""
-        self.flat.update(self.backward(), self.config.training)
+        self._update(self.backward())
+
+    def split_further(self) -> bool:
+        """Take batches in parts of half the size, or less where that leaves no equal ones, from the next step on.
+
+        A step that ended before its update may be taken again so: it reads the same addresses. What was captured is
+        dropped, and captured again.
+
+        Returns:
+            False where a part is one image already, or no step can be taken again.
+        """
+        size = self.config.training.batch_size
+        parts = next((n for n in range(2 * self.accumulate, size + 1) if size % n == 0), None)
+        if parts is None or self.half_updated:
+            return False
+        self.accumulate = parts
+        self.flat.discard_gradients()
+        self._replay, self._warm_ups = None, 0
+        return True
 
     def mean_loss(self) -> float:
         """Return the mean loss since it was last read, without reading it. Waits for the device."""

@@ -17,6 +17,7 @@ from ddpm_fast.config import TrainingConfig
 from ddpm_fast.engine.execution import Execution, choose_device, choose_dtype, choose_execution
 from ddpm_fast.engine.threads import USERS, choose_threads
 from ddpm_fast.errors import InputError, require_types
+from ddpm_fast.files import replace_file
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ def read(run: Path) -> Decisions | None:
         return None
 
 
+def keep_accumulate(run: Path, parts: int) -> None:
+    """Note in a run's config.json in how many parts its batches are from now on.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if read(run) is not None:
+        values = json.loads((run / "config.json").read_text())
+        values["decided"]["accumulate"] = parts
+        replace_file(run / "config.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
 def settle(training: TrainingConfig, earlier: Decisions | None) -> tuple[Decisions, Sequence[str]]:
     """Decide how to compute, and set the number of threads.
 
@@ -90,7 +103,9 @@ def settle(training: TrainingConfig, earlier: Decisions | None) -> tuple[Decisio
         differing.append(f"on {earlier.device} before, now on {now.device}, {asked}")
         return now, differing
     precision = earlier.precision if training.precision == "auto" else now.precision
-    return replace(now, precision=precision), differing
+    divides = training.batch_size % earlier.accumulate == 0
+    parts = max(now.accumulate, earlier.accumulate if divides else 1)  # more, where memory did not suffice for fewer
+    return replace(now, precision=precision, accumulate=parts), differing
 
 
 def _set_threads(earlier: Decisions) -> list[str]:

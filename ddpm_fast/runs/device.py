@@ -1,6 +1,5 @@
 """The device that a command runs on: one line where it is missing or its memory does not suffice."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +7,7 @@ import torch
 
 from ddpm_fast.config import Precision
 from ddpm_fast.engine.execution import choose_device, disable_malloc_trim, set_tf32
+from ddpm_fast.engine.memory import free_memory, is_out_of_memory
 from ddpm_fast.errors import InputError, NotEnoughMemoryError
 
 
@@ -26,17 +26,19 @@ def prepare_device(name: str, precision: Precision) -> torch.device:
 
 @contextmanager
 def enough_memory(device: torch.device, batch_size: int) -> Iterator[None]:
-    """Turn running out of a GPU's memory into one line, and give back what was taken."""
+    """Turn running out of a device's memory into one line, and give back what was taken.
+
+    Raises:
+        NotEnoughMemoryError: memory did not suffice.
+    """
     try:
         yield
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        raise NotEnoughMemoryError(
-            f"{device} has too little memory for --batch-size {batch_size}: take a smaller one, or --precision bf16"
-        ) from None
-
-
-def free_memory() -> None:
-    """Give back what a run that has ended held, whose trainer and graphs refer to each other."""
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing where CUDA was not used
+        return
+    except Exception as error:
+        if isinstance(error, InputError) or not is_out_of_memory(error):
+            raise
+    free_memory()  # out here, since the error held what was computed
+    other = "--precision bf16" if device.type == "cuda" else "a smaller network (--channels)"
+    raise NotEnoughMemoryError(
+        f"{device} has too little memory for --batch-size {batch_size}: take a smaller one, or {other}"
+    )

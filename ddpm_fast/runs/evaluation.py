@@ -134,6 +134,11 @@ class EvaluationSet:
         self._images = _images_of(dataset, self.rows).to(device)
         self._training_images = _images_of(dataset, _choose(trained)).to(device) if len(held_out) else None
 
+    def halve_batches(self) -> bool:
+        """Take half as many images at once from now on; return False where that is one already."""
+        self._batch, before = -(-self._batch // 2), self._batch
+        return before > 1
+
     def evaluate(self, trainer: Trainer) -> Evaluation:
         """Return what averaged and last weights are off now."""
         count, errors = examples_at(trainer.step), dict[str, Tensor]()

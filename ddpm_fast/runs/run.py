@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +15,12 @@ from ddpm_fast.data.batches import BatchSource
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import key_from_seed
 from ddpm_fast.engine.execution import EAGER
+from ddpm_fast.engine.memory import until_it_fits
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.files import writing
 from ddpm_fast.progress import say
-from ddpm_fast.runs import checkpoint, evaluation, origin, scores
+from ddpm_fast.runs import checkpoint, decisions, evaluation, origin, scores
 from ddpm_fast.runs.against import EITHER_WAY, Judge
 from ddpm_fast.runs.decisions import Decisions, decide
 from ddpm_fast.runs.directory import amend_last_metrics, prepare, read_metrics
@@ -64,8 +66,9 @@ class Run:
         device, execution = torch.device(decided.device), decided.execution
         key = key_from_seed(config.training.seed, "cpu")
         source = BatchSource(dataset, key, device, config.data.holdout)
-        self.evaluation_set = evaluation.EvaluationSet(config, dataset, device)
-        self.trainer = Trainer(with_training(config, precision=decided.precision), source.batch, device, execution)
+        as_decided = with_training(config, precision=decided.precision, accumulate=decided.accumulate)
+        self.trainer = Trainer(as_decided, source.batch, device, execution)
+        self.evaluation_set = evaluation.EvaluationSet(as_decided, dataset, device)
         self.previews = Previews(config, directory, self.trainer, progress)
         self.scores = scores.Scores(config, dataset, progress)
         if found is not None:
@@ -108,14 +111,27 @@ class Run:
                 opened.enter_context(self.saver)
                 if trainer.execution.compiled:
                     with self.progress.doing("compiling the training step: a minute, the first time", seconds=60):
-                        trainer.compile()
+                        self._in_parts_that_fit(trainer.compile)
                 self._do_what_is_due()  # of a step after which the run was interrupted
                 while not self.finished:
-                    trainer.train_step_no_sync()
+                    self._in_parts_that_fit(trainer.train_step_no_sync)
                     self.progress.step_done()
                     self._do_what_is_due()
             except InterruptedRunError as interrupted:
                 raise self._save_and_say_so(interrupted.number) from None
+
+    def _in_parts_that_fit(self, work: Callable[[], None]) -> None:
+        """Do a step's work; where memory does not suffice, in smaller parts of the batch, which the run then keeps."""
+        before = self.trainer.accumulate
+        until_it_fits(work, self.trainer.split_further)
+        parts, size = self.trainer.accumulate, self.config.training.batch_size
+        if parts != before:
+            with self.signals.held():
+                decisions.keep_accumulate(self.directory, parts)
+            say(
+                f"memory did not suffice for {size // before} images at once: each batch of {size} is now taken in "
+                f"{parts} parts, as by --accumulate {parts}, which changes nothing else; kept for --resume"
+            )
 
     def _do_what_is_due(self) -> None:
         """Evaluate, log, save and draw after a step, where that is due."""
@@ -152,6 +168,8 @@ class Run:
         step = self.trainer.step
         try:
             logs = self._evaluation_is_due() or self._scores_are_due() or step % self.config.training.log_every == 0
+            if self.trainer.half_updated:  # by a second signal: what would be saved is no step's state
+                raise InterruptedRunError(number)
             if step > self._saved:
                 if step > self._logged and logs:
                     self._log()  # an evaluation that was interrupted is made when the run goes on
@@ -160,7 +178,8 @@ class Run:
             done = f"saved step {self._saved}" if self._saved else "interrupted before the first step"
         except InterruptedRunError:
             kept = checkpoint.newest(self.directory)
-            done = f"interrupted while saving; the newest checkpoint is {kept.path if kept else 'none'}"
+            where = "in an update" if self.trainer.half_updated else "while saving"
+            done = f"interrupted {where}; the newest checkpoint is {kept.path if kept else 'none'}"
         measured = evaluation.read(self.directory, step) is not None and not self._scores_are_missing()
         if step == self.config.training.steps and measured:
             return InterruptedRunError(number, f"{done}, the last; its grid was not drawn")
@@ -173,7 +192,9 @@ class Run:
         """Evaluate the weights and keep what was found; the time it takes is not training's."""
         self.guards.stop_if_not_finite()
         with self.progress.doing("evaluating"), writing(self.directory):
-            evaluated = self.evaluation_set.evaluate(self.trainer)
+            evaluated = until_it_fits(
+                lambda: self.evaluation_set.evaluate(self.trainer), self.evaluation_set.halve_batches
+            )
             evaluation.write(self.directory, self.trainer.step, evaluated)
         apart = self.judge and self.judge.look(self.trainer.step, evaluated)
         if apart:

@@ -142,7 +142,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("what", "call", "saved"),
     [
-        ("ddpm_fast.engine.sampling.normal", 2, 6),  # in the grid after step 6, the second
+        ("ddpm_fast.engine.buffers.normal", 2, 6),  # in the grid after step 6, the second
         ("ddpm_fast.engine.trainer.random_timesteps", 5, 4),  # in the pass through the network of step 5
         ("ddpm_fast.ops.reference.learning_rate_at", 5, 5),  # in its update of the weights, which is finished
         ("ddpm_fast.engine.trainer.Trainer.read_loss", 2, 4),  # in the line for step 4, which is finished
@@ -267,3 +267,19 @@ def test_a_step_is_adam_with_clipping_warm_up_and_ema():
 def test_warm_ups():
     assert learning_rate_at(torch.tensor([0, 1, 3, 4, 100]), 1.0, 4, 9, 0).tolist() == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert ema_decay_at(torch.tensor([0, 8, 10**6]), 0.99).tolist() == [0.1, 0.5, 0.99]
+
+
+def test_a_second_signal_in_an_update_saves_no_half_updated_weights(tmp_path, monkeypatch):
+    running = run(tmp_path, with_training(TINY, steps=1000))
+    function, calls = pkgutil.resolve_name("ddpm_fast.ops.reference.ema_decay_at"), itertools.count(1)
+
+    def signal_twice(*arguments: Any) -> Any:  # after Adam has moved the weights, before their average follows
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*arguments)
+
+    monkeypatch.setattr("ddpm_fast.ops.reference.ema_decay_at", signal_twice)
+    with pytest.raises(InterruptedRunError, match=r"SIGINT: interrupted in an update; the newest .*step-0000003;"):
+        running.train()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-0000003"]
