@@ -24,8 +24,8 @@ class TrainArguments:
 class SampleArguments(LoadOptions, SamplingOptions):
     """Make images from a trained run, by number: image 17 of a seed is the same whatever else is asked for."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """Run directory, or one of its checkpoints/step-*, wherever it was copied to."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN_OR_CHECKPOINT]")] = ""
+    """Run directory, or one of its checkpoints/step-*, wherever it was copied to; default the newest run in runs/."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = SamplingOptions.count
     """How many images; those that are there are not made again."""
     format: SampleFormat = "png"
@@ -43,8 +43,8 @@ class SampleArguments(LoadOptions, SamplingOptions):
 class EvaluateArguments(LoadOptions, SamplingOptions):
     """Measure the quality of a trained run's samples against the images that it was trained on."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """Run directory, or one of its checkpoints/step-*, wherever it was copied to."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN_OR_CHECKPOINT]")] = ""
+    """Run directory, or one of its checkpoints/step-*, wherever it was copied to; default the newest run in runs/."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1000
     """How many samples; figures of different counts are not to be compared."""
     data: str = ""
@@ -109,6 +109,16 @@ class CompareArguments:
     def __post_init__(self) -> None:
         require(len(self.runs) > 1, f"compare needs two runs or more, not {len(self.runs)}: name their directories")
         require(self.images >= 0, f"--images is {self.images}: it must not be negative")
+
+
+@dataclass(frozen=True)
+class ListArguments:
+    """List runs: step, loss, evaluation loss, size, when last written, and whether it is running or damaged."""
+
+    runs: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[DIR]")] = "runs"
+    """Directory that holds runs, or a run."""
+    json: bool = False
+    """Print a list of objects instead of a table."""
 
 
 @dataclass(frozen=True)

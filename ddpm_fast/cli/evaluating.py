@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_fast.cli.arguments import EvaluateArguments
+from ddpm_fast.cli.listing import run_meant
 from ddpm_fast.data.dataset import Dataset, open_dataset
 from ddpm_fast.engine.threads import choose_threads
 from ddpm_fast.errors import InputError
@@ -22,6 +23,7 @@ from ddpm_fast.runs.trained_model import Model
 def evaluate(arguments: EvaluateArguments) -> int:
     """Measure the quality of a checkpoint's samples; returns the exit status."""
     progress = sys.stderr.isatty()
+    arguments = dataclasses.replace(arguments, run=str(run_meant(arguments.run)))
     model = Model(Path(arguments.run), arguments)
     if model.device.type == "cpu":
         choose_threads()

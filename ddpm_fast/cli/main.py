@@ -20,6 +20,7 @@ from ddpm_fast.cli.arguments import (
     CheckArguments,
     CompareArguments,
     EvaluateArguments,
+    ListArguments,
     SampleArguments,
     SweepArguments,
     TrainArguments,
@@ -42,6 +43,7 @@ commands:
   check     is the mathematics right, here, now
   compare   what differs between two runs, and what the difference did
   sweep     try flags' values one after the other, judged against one run
+  ls        which runs there are, how far each is, and which are running
 
 `ddpm-fast COMMAND --help` explains every flag with its unit and default.
 `ddpm-fast --version` says which version this is; `ddpm-fast --completion SHELL` prints what completes commands and
@@ -105,6 +107,7 @@ def commands() -> dict[str, Command]:
         "check": Command(CheckArguments, _check),
         "compare": Command(CompareArguments, _compare),
         "sweep": Command(SweepArguments, _sweep),
+        "ls": Command(ListArguments, _ls),
     }
 
 
@@ -231,3 +234,10 @@ def _sweep(arguments: list[str]) -> int:
         for name, flags in plan.combinations().items()
     }
     return sweep(parsed, plan, tried)
+
+
+def _ls(arguments: list[str]) -> int:
+    parsed = parse(ListArguments, arguments, command="ls")
+    from ddpm_fast.cli.listing import list_runs
+
+    return list_runs(parsed)

@@ -16,11 +16,9 @@ from ddpm_fast.flags import NO_FLAGS
 
 T = TypeVar("T")
 
-A_RUN = "RUN_OR_CHECKPOINT is missing: name a run directory or one of its checkpoints/step-*"
 REWORDED = [
     (r"^Error parsing ", ""),
     (r"^(config\.\w+|start|\w+Arguments): ", ""),
-    (r"^Missing from .*: RUN_OR_.*", A_RUN),
     (r"^Missing value for argument '(\S+)'.*", r"\1 needs a value"),
     (r"^(\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2: it must be a whole number"),
     (r"^(\S+): could not convert string to float: (.*)", r"\1 is \2: it must be a number"),

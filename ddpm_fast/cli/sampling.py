@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_fast.cli.arguments import SampleArguments
+from ddpm_fast.cli.listing import run_meant
 from ddpm_fast.engine.threads import choose_threads
 from ddpm_fast.files import require_writable
 from ddpm_fast.runs import checkpoint, origin
@@ -38,7 +39,7 @@ class Frames:
 def sample(arguments: SampleArguments) -> int:
     """Make those of a checkpoint's images that are not there yet; returns the exit status."""
     started = time.perf_counter()
-    model = Model(Path(arguments.run), arguments)
+    model = Model(run_meant(arguments.run), arguments)
     if model.device.type == "cpu":
         choose_threads()
     samples = _open(model, arguments)

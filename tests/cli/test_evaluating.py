@@ -74,14 +74,15 @@ def test_images_that_moved_are_named_by_data(run, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere does not exist"),
-        ([], "RUN_OR_CHECKPOINT is missing"),
+        ([], "there is no run with a checkpoint in runs/"),
         (["RUN", "--count", "1"], "--count is 1: quality is measured over at least 2 samples"),
         (["RUN", "--steps", "21"], "--steps is 21: it must lie in 1..20"),
         (["RUN", "--data", "digits"], "holds other images now than"),
         (["RUN", "--cuont", "3"], "Did you mean '--count'?"),
     ],
 )
-def test_what_cannot_be_scored_is_one_line(run, arguments, message, capsys):
+def test_what_cannot_be_scored_is_one_line(run, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     before = sorted(run.rglob("*"))
     assert cli.run(["evaluate", *(str(run) if each == "RUN" else each for each in arguments)]) == 2
     error = capsys.readouterr().err
