@@ -169,6 +169,7 @@ def _train_in(
     for line in differing:
         print(f"{like}: {line}; roundings will differ")
     dataset = open_dataset(config.data, config.unet, progress)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, revision=dataset.revision))
     if dataset.skipped:
         print(f"left out {len(dataset.skipped)} files that cannot be read (--skip-bad)")
     judge = None

@@ -121,7 +121,13 @@ class DataConfig:
     """Where images come from and how they are read."""
 
     data: str = ""
-    """"digits" (built in), a folder of images, or a .npy/.npz of shape (N, H, W[, C]); an .npz may have "labels"."""
+    """digits, a folder of images, a .npy, .npz, .parquet or .tar, or of the hub hf:NAME[:CONFIG[:SPLIT]] or mnist."""
+    image_column: str = ""
+    """Column of a .parquet, or ending in a .tar, that holds the images, where there are several."""
+    label_column: str = ""
+    """Column of a .parquet, or ending or key in a .tar, that says the class, where it is not called so."""
+    revision: str = ""
+    """Commit of a data set of the hub; a run keeps the newest, which it found when it began."""
     float_range: Literal["none", "0..1", "-1..1"] = "none"
     """What floats in a .npy/.npz mean: the range that is mapped to black..white; uint8 needs none."""
     skip_bad: bool = False

@@ -55,8 +55,8 @@ def _open(config: Config, dataset: Dataset, shape: tuple[int, int, int]) -> tupl
     path = Path(dataset.source)
     if dataset.source == "digits":
         return _digits(shape)
-    if dataset.source and path.is_dir():
-        return _folder(path, dataset, shape)
+    if dataset.source and path.is_dir() and (files := _pictures(path)):
+        return _folder(path, files, dataset, shape)
     if path.suffix in (".npy", ".npz") and path.is_file():
         return _array(path, shape, config.data.float_range)
     return None
@@ -106,10 +106,13 @@ def _array(path: Path, shape: tuple[int, int, int], float_range: str) -> tuple[i
     return len(array), pixels
 
 
-def _folder(path: Path, dataset: Dataset, shape: tuple[int, int, int]) -> tuple[int, Source]:
+def _pictures(path: Path) -> list[Path]:
     endings = Image.registered_extensions()
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
-    files = [f for f in files if not any(p[0] == "." or p == "__MACOSX" for p in f.relative_to(path).parts)]
+    return [f for f in files if not any(p[0] == "." or p == "__MACOSX" for p in f.relative_to(path).parts)]
+
+
+def _folder(path: Path, files: list[Path], dataset: Dataset, shape: tuple[int, int, int]) -> tuple[int, Source]:
     reasons = dataset.skipped  # each begins with the file's name
     usable = [f for f in files if not any(reason.startswith(f"{f.relative_to(path)} (") for reason in reasons)]
 

@@ -9,20 +9,27 @@ Shapes: M images in the store, N in a batch, C channels, H x W pixels.
 import contextlib
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_fast.config import DataConfig, UNetConfig
+from ddpm_fast.data import parquet, tar
 from ddpm_fast.data.arrays import open_array
 from ddpm_fast.data.digits import read_digits
-from ddpm_fast.data.folder import files_of, picture_folder
+from ddpm_fast.data.folder import digests_of, files_of, picture_folder
+from ddpm_fast.data.hub import SHORT_NAMES, hub_name, hub_source
 from ddpm_fast.data.image_files import fit
 from ddpm_fast.data.labels import Labels
-from ddpm_fast.data.pictures import Decoded, open_pictures
+from ddpm_fast.data.parquet import asked_columns, require_extra
+from ddpm_fast.data.pictures import Decoded, Source, open_pictures
 from ddpm_fast.data.store import STORE_VERSION, Shape, digest
 from ddpm_fast.errors import InputError, nearest
+
+WHAT = "a folder of images, a .npy, .npz, .parquet or .tar file, or hf:NAME of the Hugging Face hub"
+ARRAYS, PARQUET, TAR = (".npy", ".npz"), ".parquet", ".tar"
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Dataset:
     """Which class each image is of, [M]; None where the data set does not say."""
     classes: tuple[str, ...] = ()
     """What classes 0, 1, ... are called; empty where only their numbers are known."""
+    revision: str = ""
+    """The commit that was read, of a data set of the hub."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,9 +67,24 @@ def open_dataset(data: DataConfig, unet: UNetConfig, progress: bool = False) -> 
             f"--image-channels is {unet.image_channels}: images have 1 (grey), 2 (and alpha), 3 (RGB) or 4"
         )
     if not data.data:
-        raise InputError("this preset has no data of its own: name --data, a folder of images or a .npy/.npz file")
-    found = _digits(shape) if data.data == "digits" else _open_path(Path(data.data), shape, data, progress)
-    return Dataset(found.images, found.key, data.data, found.skipped, found.labels.values, found.labels.classes)
+        raise InputError(f"this preset has no data of its own: name --data, {WHAT}")
+    revision = ""
+    if data.data == "digits":
+        found = _digits(shape)
+    elif (name := hub_name(data.data)) and not _is_there(data.data):
+        require_extra(data.data, "huggingface_hub")
+        source, revision = hub_source(name, data, progress)
+        found = open_pictures(source, shape, data.skip_bad, progress)
+    else:
+        found = _open_path(Path(data.data), shape, data, progress)
+    labels = found.labels
+    return Dataset(found.images, found.key, data.data, found.skipped, labels.values, labels.classes, revision)
+
+
+def _is_there(data: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return Path(data).exists()
+    return False
 
 
 def _open_path(path: Path, shape: Shape, data: DataConfig, progress: bool) -> Decoded:
@@ -68,26 +92,36 @@ def _open_path(path: Path, shape: Shape, data: DataConfig, progress: bool) -> De
         path.stat()
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise _missing(path, error) from None
+    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+        raise InputError(f"--data {path} cannot be read: no permission")
+    if path.suffix.lower() in ARRAYS and path.is_file():
+        return open_array(path, shape, data.float_range, progress)
+    return open_pictures(_source(path, data, progress), shape, data.skip_bad, progress)
+
+
+def _source(path: Path, data: DataConfig, progress: bool) -> Source:
+    """Return the encoded pictures of a folder, or of a file or a folder of files that hold many."""
+    if path.is_dir() and (files := files_of(path)):
+        return picture_folder(data.data, path, files, progress)
+    for suffix, look_through in (PARQUET, parquet.look_through), (TAR, tar.look_through):
+        folder, files = (path, files_of(path, suffix)) if path.is_dir() else (path.parent, [path])
+        if files and files[0].suffix.lower() == suffix:
+            if suffix == PARQUET:
+                require_extra(data.data)
+            identity = (*asked_columns(data), *digests_of(folder, files, progress))
+            return Source(data.data, identity, partial(look_through, data.data, files, data))
     if path.is_dir():
-        if not os.access(path, os.R_OK | os.X_OK):
-            raise InputError(f"--data {path} cannot be read: no permission")
-        files = files_of(path)
-        if not files:
-            raise InputError(f"--data {path} holds no image: name a folder with PNG, JPEG, WebP or other image files")
-        return open_pictures(picture_folder(data.data, path, files, progress), shape, data.skip_bad, progress)
-    if path.suffix not in (".npy", ".npz"):
-        raise InputError(f"--data {path} is a file, but neither .npy nor .npz: name one of those or a folder of images")
-    return open_array(path, shape, data.float_range, progress)
+        raise InputError(f"--data {path} holds no image: name a folder with PNG, JPEG, WebP or other image files")
+    raise InputError(f"--data {path} is a file of another kind: name {WHAT}")
 
 
 def _missing(path: Path, error: OSError | ValueError) -> InputError:
     if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
         return InputError(f"--data {path} cannot be read: {error.strerror}")
-    siblings = ["digits"]
+    siblings = ["digits", *SHORT_NAMES]
     with contextlib.suppress(OSError, ValueError):
         siblings += [entry.name for entry in path.parent.iterdir()]
-    meant = nearest(path.name, siblings)
-    return InputError(f"--data {path} does not exist: name a folder of images or a .npy/.npz file.{meant}")
+    return InputError(f"--data {path} does not exist: name {WHAT}.{nearest(path.name, siblings)}")
 
 
 def _digits(shape: Shape) -> Decoded:

@@ -1,7 +1,7 @@
 """A folder of pictures, whose own folders may be the classes."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ddpm_fast.data import contents
 from ddpm_fast.data.image_files import is_picture
@@ -13,7 +13,7 @@ LEFT_BY_OTHERS = ("__MACOSX", "Thumbs.db", "desktop.ini")
 """What archivers and file managers leave in folders."""
 
 
-def is_left_out(path: Path) -> bool:
+def is_left_out(path: PurePath) -> bool:
     """Whether a path inside a data set is no content of it: hidden, or some program's own."""
     return any(part.startswith(".") or part in LEFT_BY_OTHERS for part in path.parts)
 

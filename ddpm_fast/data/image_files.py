@@ -1,8 +1,9 @@
 """One image file to pixels: decoding, and the rule that makes any image fit the U-Net (see `data`)."""
 
+import contextlib
 import io
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,19 @@ class Unusable(Exception):  # noqa: N818 - it is a finding, not an error
     """An image file cannot be used; the message says why."""
 
 
-def is_picture(path: Path) -> bool:
+def is_picture(path: PurePath) -> bool:
     """Whether a file's name says that it is an image, by the extensions that Pillow can read."""
     Image.init()
     return path.suffix.lower() in Image.EXTENSION
+
+
+def is_encoded(content: bytes) -> bool:
+    """Whether a file's content begins as an image does."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        Image.open(io.BytesIO(content)).close()
+        return True
+    return False
 
 
 def decode(encoded: Path | bytes, shape: tuple[int, int, int]) -> Image.Image:

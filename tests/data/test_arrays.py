@@ -66,5 +66,5 @@ def test_files_that_are_no_arrays(tmp_path):
         with pytest.raises(InputError, match=name):
             opened(tmp_path / name)
     (tmp_path / "table.csv").write_text("1")
-    with pytest.raises(InputError, match="neither"):
+    with pytest.raises(InputError, match="is a file of another kind"):
         opened(tmp_path / "table.csv")
