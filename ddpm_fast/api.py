@@ -58,7 +58,8 @@ def load(run: str | Path, **keywords: Unpack[LoadKeywords]) -> Model:
     Sets PyTorch's switches for TF32, which belong to the process, as the precision asks.
 
     Args:
-        run: a run's directory, for its newest checkpoint, or one of its checkpoints/step-*, wherever it was copied to.
+        run: a run's directory, for its newest checkpoint, or one of its checkpoints/step-*, wherever it was copied to;
+            or a folder in diffusers' format, or the name of such a model on the Hugging Face hub, as hf:NAME.
         keywords:
             weights: "ema", averaged, the default; or "raw", the last trained.
             device: "auto" (the default) takes an NVIDIA GPU if there is one; or "cpu", "cuda".
@@ -68,7 +69,7 @@ def load(run: str | Path, **keywords: Unpack[LoadKeywords]) -> Model:
             capture: capture each step on a GPU as a CUDA graph, default True.
 
     Raises:
-        InputError: there is no checkpoint, it is damaged, or a keyword or value is refused.
+        InputError: there is no checkpoint, it is damaged, or a keyword or value is refused, also a diffusers model's.
     """
     return Model(Path(run), options_from(LoadOptions, keywords))
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from ddpm_fast.config import Config, TrainingConfig
-from ddpm_fast.errors import require
+from ddpm_fast.errors import require, require_types
 from ddpm_fast.options import LoadOptions, SampleFormat, SamplingOptions, StartOptions
 from ddpm_fast.presets import PRESETS
 
@@ -53,6 +53,28 @@ class EvaluateArguments(LoadOptions, SamplingOptions):
     def __post_init__(self) -> None:
         SamplingOptions.__post_init__(self)
         require(self.count >= 2, f"--count is {self.count}: quality is measured over at least 2 samples")
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """Turn a trained run into a folder for diffusers, an ONNX or a torch.export file; or a diffusers model into ours.
+
+    Where DEST ends in .onnx or .pt2, the U-Net alone is written: x_t and t in, its prediction out, for any batch size.
+    """
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")] = ""
+    """A run, one of its checkpoints/step-*, a folder in diffusers' format, or hf:NAME of the Hugging Face hub."""
+    dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")] = ""
+    """What to write: a directory or file that does not exist yet."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged or last trained weights."""
+    images: int = 16
+    """Images in the model card; 0 draws none."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require(bool(self.source and self.dest), "convert needs SOURCE and DEST: what to convert, and where to")
+        require(self.images >= 0, f"--images is {self.images}: it must not be negative")
 
 
 @dataclass(frozen=True)

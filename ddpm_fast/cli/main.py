@@ -19,6 +19,7 @@ from ddpm_fast import __version__
 from ddpm_fast.cli.arguments import (
     CheckArguments,
     CompareArguments,
+    ConvertArguments,
     EvaluateArguments,
     ListArguments,
     SampleArguments,
@@ -44,6 +45,7 @@ commands:
   compare   what differs between two runs, and what the difference did
   sweep     try flags' values one after the other, judged against one run
   ls        which runs there are, how far each is, and which are running
+  convert   a run for diffusers, as ONNX or by torch.export; or a diffusers model for us
 
 `ddpm-fast COMMAND --help` explains every flag with its unit and default.
 `ddpm-fast --version` says which version this is; `ddpm-fast --completion SHELL` prints what completes commands and
@@ -108,6 +110,7 @@ def commands() -> dict[str, Command]:
         "compare": Command(CompareArguments, _compare),
         "sweep": Command(SweepArguments, _sweep),
         "ls": Command(ListArguments, _ls),
+        "convert": Command(ConvertArguments, _convert),
     }
 
 
@@ -241,3 +244,10 @@ def _ls(arguments: list[str]) -> int:
     from ddpm_fast.cli.listing import list_runs
 
     return list_runs(parsed)
+
+
+def _convert(arguments: list[str]) -> int:
+    parsed = parse(ConvertArguments, arguments, command="convert")
+    from ddpm_fast.cli.converting import convert
+
+    return convert(parsed)

@@ -42,7 +42,7 @@ def flags_of(cls: Any) -> list[str]:
     """Return every flag name of a dataclass, nested parts flattened."""
     flags: list[str] = []
     for f in dataclasses.fields(cls):
-        if f.name in ("run", "runs", NO_FLAGS):  # what is named without a flag, or not at all
+        if f.name in ("run", "runs", "source", "dest", NO_FLAGS):  # what is named without a flag, or not at all
             continue
         value = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
         flags += flags_of(type(value)) if dataclasses.is_dataclass(value) else [flag(f.name)]

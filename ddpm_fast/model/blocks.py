@@ -161,7 +161,7 @@ def constant(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
 
 
 class Downsample(nn.Module):
-    """Halve H and W by a strided convolution, padded on the right and bottom only (TensorFlow's SAME) or all round."""
+    """Halve H and W by a strided convolution, padded on the right and bottom, as TensorFlow's SAME, or all round."""
 
     def __init__(self, channels: int, all_round: bool = False) -> None:
         super().__init__()

@@ -101,7 +101,7 @@ def save(run: Path, step: int, config: Config, fingerprint: str, parts: Mapping[
         step: optimizer steps taken.
         config: the run's configuration.
         fingerprint: the data set's.
-        parts: for each of `TENSOR_FILES`, names to tensors.
+        parts: for each of `TENSOR_FILES`, or of those that there are, names to tensors.
 
     Raises:
         InputError: it cannot be written; nothing is left behind, and older checkpoints stay.
@@ -112,8 +112,8 @@ def save(run: Path, step: int, config: Config, fingerprint: str, parts: Mapping[
     digests = dict[str, str]()
     with whole(path) as temporary:
         temporary.mkdir()
-        for part in TENSOR_FILES:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
+        for part, named in parts.items():
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
             data = safetensors.torch.save(tensors)
             digests[part] = _blake2(data).hexdigest()
             write_synced(temporary / f"{part}.safetensors", data)

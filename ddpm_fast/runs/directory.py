@@ -77,6 +77,10 @@ def recorded(run: Path) -> tuple[Config, str]:
         return found
     for step in checkpoint.steps_saved(run)[:1]:
         newest = checkpoint.newest(run, ()) or checkpoint.read(checkpoint.path_of(run, step), ())  # says what is wrong
+        parts = [part for part in checkpoint.TENSOR_FILES if (newest.path / f"{part}.safetensors").exists()]
+        if parts == ["ema"]:
+            alone = "holds averaged weights alone, which cannot be continued"
+            raise InputError(f"{newest.path} {alone}: start another run from them by --init {run}")
         return newest.config, newest.fingerprint
     raise InputError(
         f"{run / 'config.json'} is torn, and there is no checkpoint to take the configuration from: name another --out"

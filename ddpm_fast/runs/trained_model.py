@@ -20,7 +20,7 @@ from ddpm_fast.errors import InputError, require, require_known
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
 from ddpm_fast.options import LoadOptions, SamplingOptions
-from ddpm_fast.runs import checkpoint
+from ddpm_fast.runs import checkpoint, diffusers_folder
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.grids import Images, to_uint8
 
@@ -73,15 +73,15 @@ class Model:
     """Of the images that the run trains on."""
 
     def __init__(self, run: Path, options: LoadOptions) -> None:
-        """Load a run's newest checkpoint, or a checkpoint; see `ddpm_fast.load`."""
+        """Load a run's newest checkpoint, a checkpoint, or a diffusers model; see `ddpm_fast.load`."""
         self.part = part = "ema" if options.weights == "ema" else "model"
-        found = checkpoint.resolve(run, (part,))
+        found = diffusers_folder.resolve(run, (part,))
         self.path, self.config, self.step, self.options = found.path, found.config, found.step, options
         self.fingerprint = found.fingerprint
         self.device = prepare_device(options.device, options.precision)
         fits = options.precision != "tf32" or self.device.type == "cuda"
         require(fits, f"--precision tf32 is an NVIDIA GPU's, and this is computed on {self.device}: leave it out")
-        unet = _unet_of(found, part).to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        unet = unet_of(found, part).to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.unet = unet.requires_grad_(False).eval().use(choose_ops(options.kernels, self.device))
         self.loop: SamplingLoop | None = None
         self._sampler: SamplerConfig | None = None
@@ -213,8 +213,12 @@ class Model:
         return SamplingLoop(self.unet, table, choose_dtype(self.options.precision, self.device), execution)
 
 
-def _unet_of(found: checkpoint.Checkpoint, part: str) -> UNet:
-    """Build a checkpoint's U-Net on the CPU with one of its parts' weights."""
+def unet_of(found: checkpoint.Checkpoint, part: str) -> UNet:
+    """Build a checkpoint's U-Net on the CPU with one of its parts' weights.
+
+    Raises:
+        InputError: they cannot be read, or do not fit.
+    """
     with torch.device("meta"):
         unet = UNet(found.config.unet)
     try:
