@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddpm_fast.api import TrainedRun, load, train
+    from ddpm_fast.api import TrainedRun, accelerate, load, train
     from ddpm_fast.errors import InputError, MathematicsError
     from ddpm_fast.presets import PRESETS
     from ddpm_fast.runs.grids import Images
@@ -21,6 +21,7 @@ _HOMES = {
     "MathematicsError": "errors",
     "Model": "runs.trained_model",
     "TrainedRun": "api",
+    "accelerate": "api",
     "load": "api",
     "train": "api",
 }
@@ -33,6 +34,7 @@ __all__ = [
     "Model",
     "TrainedRun",
     "__version__",
+    "accelerate",
     "load",
     "train",
 ]

@@ -24,6 +24,7 @@ from ddpm_fast.flags import with_flags
 from ddpm_fast.options import LoadOptions, StartOptions
 from ddpm_fast.presets import preset as find_preset
 from ddpm_fast.runs import checkpoint, decisions, evaluation, origin, scores
+from ddpm_fast.runs.accelerated import AcceleratedPipeline
 from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run, what_will_differ
 from ddpm_fast.runs.decisions import settle
@@ -72,6 +73,22 @@ def load(run: str | Path, **keywords: Unpack[LoadKeywords]) -> Model:
         InputError: there is no checkpoint, it is damaged, or a keyword or value is refused, also a diffusers model's.
     """
     return Model(Path(run), options_from(LoadOptions, keywords))
+
+
+def accelerate(pipeline: Any) -> AcceleratedPipeline:
+    """Return what makes a diffusers pipeline's images on our loop, called as the pipeline is.
+
+    It holds a copy of the weights of now. Noise is addressed: a generator's seed decides on the images, but they are
+    others than the pipeline's own of that seed.
+
+    Args:
+        pipeline: a DDPMPipeline, DDIMPipeline or alike, on its device: a UNet2DModel in `unet`, and a DDPMScheduler,
+            DDIMScheduler or DPMSolverMultistepScheduler in `scheduler`.
+
+    Raises:
+        InputError: a field of either configuration cannot be honoured; it is named.
+    """
+    return AcceleratedPipeline(pipeline)
 
 
 def train(
