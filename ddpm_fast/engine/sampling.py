@@ -19,7 +19,7 @@ from ddpm_fast.constants import SAMPLER_COLUMN
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import Row, SamplerTable
 from ddpm_fast.engine.buffers import Buffers
-from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, InFlight, Work, memory_of
+from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, InFlight, memory_of
 from ddpm_fast.engine.execution import EAGER, Execution
 from ddpm_fast.engine.memory import in_batches_that_fit
 from ddpm_fast.errors import MathematicsError

@@ -156,14 +156,14 @@ def a_run_that_holds_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fault("ema", MODEL)
 def raw_weights_for_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    unet = trained_model._unet_of
-    monkeypatch.setattr(trained_model, "_unet_of", lambda found, part: unet(found, "model"))
+    unet = trained_model.unet_of
+    monkeypatch.setattr(trained_model, "unet_of", lambda found, part: unet(found, "model"))
 
 
 @fault("checkpoint", MODEL)
 def average_for_the_raw_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    unet = trained_model._unet_of
-    monkeypatch.setattr(trained_model, "_unet_of", lambda found, part: unet(found, "ema"))
+    unet = trained_model.unet_of
+    monkeypatch.setattr(trained_model, "unet_of", lambda found, part: unet(found, "ema"))
 
 
 @fault("ema", MODEL)
