@@ -41,7 +41,8 @@ PRESETS: dict[str, Config] = {
         training=_in_minutes(1000),
         sampling=SamplerConfig("dpm++", 20),
     ),
-    # A thousand or two of small pictures, such as emoji, in five minutes.
+    # A thousand or two of small pictures in minutes: of 1,431 emoji it learns colours and outlines, and no details yet.
+    # What it affords it spends at 4x4 and 8x8, where it costs least.
     "icons32": Config(
         preset="icons32",
         unet=UNetConfig(3, 32, 32, 16, (1, 2, 4, 4), res_blocks=1, attention_resolutions=(8,), groups=8),

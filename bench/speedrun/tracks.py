@@ -90,7 +90,7 @@ TRACKS = {
             DPM_20,
         ),
         Track("emoji", "icons32", (Target("frechet_pixels", 60),), Target("frechet_features", 3), DPM_20),
-        # For a GPU; nobody has raced yet, and the bounds are guesses.
+        # For a GPU: nobody has raced yet, and the bounds are guesses.
         Track(
             "cifar10",
             "cifar10-fast",
