@@ -97,6 +97,12 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def clear_left_overs(directory: Path) -> None:
+    """Remove what a process that was killed had begun to put into a directory by `whole`."""
+    for entry in directory.glob(".*.[0-9]*.tmp*"):
+        _remove(entry)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -26,7 +26,7 @@ import torch
 from ddpm_fast import __version__
 from ddpm_fast.config import MAY_CHANGE, Config
 from ddpm_fast.errors import InputError, flag
-from ddpm_fast.files import replace_file, writing
+from ddpm_fast.files import clear_left_overs, replace_file, writing
 from ddpm_fast.flags import changed_flags, from_dict, to_dict
 from ddpm_fast.runs import checkpoint, evaluation, grids, lock
 
@@ -200,6 +200,8 @@ def prepare(run: Path, config: Config, fingerprint: str, step: int, decided: Map
     """
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
+        for place in (".", "checkpoints", "evaluation", "samples", "origin"):
+            clear_left_overs(run / place)
         versions = {"ddpm-fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
         values: dict[str, Any] = {"fingerprint": fingerprint, "versions": versions}
         values |= {"decided": decided} if decided else {}
