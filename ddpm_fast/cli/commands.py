@@ -13,6 +13,7 @@ from ddpm_fast.engine.threads import choose_threads
 from ddpm_fast.options import StartOptions
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.device import prepare_device
+from ddpm_fast.runs.directory import where_data_is
 
 
 def _progress() -> bool:
@@ -31,7 +32,8 @@ def check(config: Config, run: str) -> int:
     if found is not None:
         asked = config.training
         checks = CheckConfig(found.config.checks.accept + config.checks.accept, config.checks.strict)
-        config = replace(with_training(found.config, device=asked.device, kernels=asked.kernels), checks=checks)
+        saved = where_data_is(checkpoint.run_of(found.path), found.config)
+        config = replace(with_training(saved, device=asked.device, kernels=asked.kernels), checks=checks)
     device = prepare_device(config.training.device, config.training.precision)
     if device.type == "cpu":
         choose_threads()

@@ -14,6 +14,7 @@ from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file, require_writable
 from ddpm_fast.quality.evaluator import table
 from ddpm_fast.runs import checkpoint
+from ddpm_fast.runs.directory import where_data_is
 from ddpm_fast.runs.grids import to_uint8
 from ddpm_fast.runs.samples import how
 from ddpm_fast.runs.scores import evaluator_of
@@ -57,7 +58,7 @@ def _real_images(arguments: EvaluateArguments, model: Model, progress: bool) -> 
     Raises:
         InputError: they are not there, or others are.
     """
-    config = model.config
+    config = where_data_is(checkpoint.run_of(model.path), model.config)
     data = dataclasses.replace(config.data, data=arguments.data or config.data.data)
     try:
         dataset = open_dataset(data, config.unet, progress)

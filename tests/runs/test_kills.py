@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from ddpm_fast.runs import checkpoint
 
@@ -67,6 +68,7 @@ def train(directory: Path, steps: int, cache: str, kill_at: int, seconds: float)
     import ddpm_fast.api
     from ddpm_fast.cli import main
 
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a kill would leave behind
     ddpm_fast.api.check_run = lambda *given: []  # the mathematics is other tests' to check
     sys.addaudithook(look)
     status = main.run([*TRAIN.split(), "--out", "run", "--steps", str(steps), "--resume-or-start"])
