@@ -77,6 +77,7 @@ def _check_saved(config: Config, dataset: Dataset, directory: Path, device: torc
     _set_average(trainer, seed=1)
     average, trained = _copies(trainer.ema), _copies(trainer.parameters)
     run.save()
+    run.saver.wait()
     found = checkpoint.resolve(directory)
     parts: dict[str, Mapping[str, Tensor]] = {"model": trained, "ema": average}
     wrong = [part for part, weights in parts.items() if not _equal(found.tensors(part), weights)]

@@ -16,12 +16,12 @@ NAME = ".lock"
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keep other runs out of a directory, which is made where it is missing and taken away again if it stays empty.
+    """Keep other runs out of a directory, made where it is missing, and taken away again if nothing comes into it.
 
     Raises:
         InputError: another run is in it, or it cannot be written.
     """
-    file, made = run / NAME, not run.exists()
+    file, made = run / NAME, [path for path in (run, *run.parents) if not path.exists()]
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file)
@@ -38,8 +38,8 @@ def locked(run: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             file.unlink()  # before it is released: who waits for it sees that it is gone, and makes a new one
-            if made:
-                run.rmdir()
+            for path in made:
+                path.rmdir()
         lock.release()
 
 

@@ -176,11 +176,13 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("torn", ["", '{"config": {"uu'])
-def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(tmp_path, torn, capsys):
+def test_resume_without_configuration_and_checkpoint_is_refused(tmp_path, torn, capsys):
+    """Flags left out would be the preset's, and not the run's."""
     (tmp_path / "config.json").write_text(torn)
-    status, out, _ = run(f"train --out {tmp_path} --resume {TINY_RUN}", capsys)
-    assert status == 0
-    assert "no checkpoint, starting at step 0" in out
+    for how in ("--resume", "--resume-or-start", "--resume_or_start"):
+        said = refused(f"train --out {tmp_path} {how} {TINY_RUN}", capsys)
+        assert f"{tmp_path}/config.json is torn, and there is no checkpoint" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(
