@@ -82,7 +82,7 @@ class Trainings:
     def __init__(self, directory: Path, steps: int) -> None:
         self.directory, self.steps = directory, steps
         self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(["ddpm_fast.cli.commands", "torch.utils.tensorboard", "sklearn.datasets"])
+        self.processes.set_forkserver_preload(["ddpm_fast.cli.commands", "torch.utils.tensorboard"])
         (directory / "pictures").mkdir(parents=True)
         for number in range(40):
             pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
