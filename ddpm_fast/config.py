@@ -122,12 +122,6 @@ class DataConfig:
 
     data: str = ""
     """digits, a folder of images, a .npy, .npz, .parquet or .tar, or of the hub hf:NAME[:CONFIG[:SPLIT]] or mnist."""
-    image_column: str = ""
-    """Column of a .parquet, or ending in a .tar, that holds the images, where there are several."""
-    label_column: str = ""
-    """Column of a .parquet, or ending or key in a .tar, that says the class, where it is not called so."""
-    revision: str = ""
-    """Commit of a data set of the hub; a run keeps the newest, which it found when it began."""
     float_range: Literal["none", "0..1", "-1..1"] = "none"
     """What floats in a .npy/.npz mean: the range that is mapped to black..white; uint8 needs none."""
     skip_bad: bool = False
@@ -136,6 +130,12 @@ class DataConfig:
     """Flip half of the training images left to right."""
     holdout: float = 0.0
     """Share of the images that is never trained on: the evaluation loss is then theirs; 0 keeps none back."""
+    image_column: str = ""
+    """Column of a .parquet, or ending in a .tar, that holds the images, where there are several."""
+    label_column: str = ""
+    """Column of a .parquet, or ending or key in a .tar, that says the class, where it is not called so."""
+    revision: str = ""
+    """Commit of a data set of the hub; a run keeps the newest, which it found when it began."""
 
     def __post_init__(self) -> None:
         require_types(self)

@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -162,28 +162,39 @@ def _ask(name: HubName, revision: str | None) -> Listing:
 
 
 def _reaching(name: HubName, ask: Callable[[bool | None], Result]) -> Result:
-    """Ask the hub, and say what is wrong in one line.
+    """Ask the hub.
 
     No token is sent at first: only where that is refused, and the user has logged in, is the question asked by name.
-    """
-    from huggingface_hub import constants, errors, get_token
 
-    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library, whichever it is
-    unreachable = f"--data {name}: {constants.ENDPOINT} cannot be reached"
-    page = f"{constants.ENDPOINT}/datasets/{name.repository}"
-    try:
+    Raises:
+        InputError: what is wrong, in one line.
+        _NoRevisionError: only the revision is not there.
+    """
+    from huggingface_hub import errors, get_token
+
+    with _in_one_line(name):
         try:
             return ask(False)
         except errors.RepositoryNotFoundError:  # nor is one that is private or gated shown to strangers
             if not get_token():
                 raise
             return ask(None)
+
+
+@contextlib.contextmanager
+def _in_one_line(name: HubName) -> Iterator[None]:
+    """Turn what huggingface_hub and its HTTP library raise into one line."""
+    from huggingface_hub import constants, errors
+
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library, whichever it is
+    hub, unreachable = constants.ENDPOINT, f"--data {name}: {constants.ENDPOINT} cannot be reached"
+    try:
+        yield
     except errors.GatedRepoError:
+        page = f"{hub}/datasets/{name.repository}"
         raise InputError(f"--data {name} is gated: accept its terms on {page}, and run: hf auth login") from None
     except errors.RepositoryNotFoundError:
-        raise InputError(
-            f"--data {name} does not exist on {constants.ENDPOINT}, or is private: hf auth login"
-        ) from None
+        raise InputError(f"--data {name} does not exist on {hub}, or is private: run hf auth login") from None
     except errors.RevisionNotFoundError:
         raise _NoRevisionError from None
     except errors.HFValidationError:
@@ -192,9 +203,8 @@ def _reaching(name: HubName, ask: Callable[[bool | None], Result]) -> Result:
         raise InputError(f"{unreachable} for its files: try again with a network") from None
     except (http_error, OSError) as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise InputError(
-                f"cannot write {constants.HF_HUB_CACHE}: {error.strerror}; set HF_HOME elsewhere"
-            ) from None
+            where = constants.HF_HUB_CACHE
+            raise InputError(f"cannot write {where}: {error.strerror}; set HF_HOME elsewhere") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{unreachable} ({reason}): try again, or name files of your own") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -262,9 +272,7 @@ def _bars(shown: Progress) -> Any:
 
 
 def _place(name: HubName, revision: str) -> Path:
-    from huggingface_hub import constants
-
-    text = f"{constants.ENDPOINT} {name.repository} {revision}"
+    text = f"{name.repository} {revision}"
     return cache_directory() / f"{hashlib.blake2b(text.encode(), digest_size=20).hexdigest()}.hub"
 
 

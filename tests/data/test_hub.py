@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
+
+pytest.importorskip("huggingface_hub")
+pytest.importorskip("pyarrow")
+import huggingface_hub
 from huggingface_hub import constants
 
 from ddpm_fast.config import DataConfig
@@ -56,7 +59,7 @@ def opened(data: str, **options) -> Dataset:
     return open_dataset(DataConfig(data=data, **options), UNET)
 
 
-def test_a_split_is_read_once_and_then_needs_no_network_for_its_revision(server):
+def test_what_is_meant_where_no_configuration_or_split_is_named(server):
     converted = server.repositories["someone/pets"].converted
     assert converted is not None
     commit = commit_of(converted)
@@ -69,9 +72,6 @@ def test_a_split_is_read_once_and_then_needs_no_network_for_its_revision(server)
         f"/datasets/someone/pets/resolve/{commit}/default/train/{i:04}.parquet" for i in range(2)
     ]
     assert server.tokens == [None] * len(server.tokens)  # a public data set is nobody's business
-    server.asked.clear()
-    check(opened("hf:someone/pets", revision=commit), list(range(7)))
-    assert server.asked == []
     check(opened("hf:someone/pets:default:test"), [7, 8])
 
 
@@ -132,7 +132,7 @@ def test_a_gated_data_set_is_asked_for_by_name_if_there_is_one(server, monkeypat
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ("hf:someone/nothing", "hf:someone/nothing is not on"),
+        ("hf:someone/nothing", "hf:someone/nothing does not exist on"),
         ("hf:someone/pets:other", r"has no configuration other: it has default\."),
         (
             "hf:someone/pets:default:valid",
@@ -174,12 +174,19 @@ def test_a_file_that_arrives_otherwise_than_it_is_listed_is_refused_and_a_damage
     check(opened("hf:someone/pets"), list(range(7)))
 
 
-def test_without_a_network_it_is_one_line(server, monkeypatch):
+def test_without_a_network_it_is_one_line_and_a_revision_that_is_here_is_read(server, monkeypatch):
+    first = opened("hf:someone/pets")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
     with pytest.raises(InputError, match=r"hf:someone/pets: http://127.* cannot be reached \(.*\): try again"):
         opened("hf:someone/pets")
+    for left in (False, True):
+        again = opened("hf:someone/pets", revision=first.revision)
+        check(again, list(range(7)))
+        assert again.fingerprint == first.fingerprint
+        if not left:
+            (cache_directory() / f"{first.fingerprint}.npy").unlink()  # it is made again of the files that are here
 
 
 def test_what_is_no_hub_is_one_line(server, monkeypatch):
