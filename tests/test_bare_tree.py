@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ABSENT = ("ddpm_fast", "diffusers", "docstring_parser", "hypothesis", "msgspec", "shtab", "tyro", "typeguard")
+ABSENT = ("ddpm_fast", "diffusers", "docstring_parser", "huggingface_hub", "hypothesis", "msgspec", "pyarrow", "shtab")
+ABSENT += ("sklearn", "tyro", "typeguard")
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
 

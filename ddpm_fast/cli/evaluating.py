@@ -59,7 +59,9 @@ def _real_images(arguments: EvaluateArguments, model: Model, progress: bool) -> 
         InputError: they are not there, or others are.
     """
     config = where_data_is(checkpoint.run_of(model.path), model.config)
-    data = dataclasses.replace(config.data, data=arguments.data or config.data.data)
+    data = config.data
+    if arguments.data and arguments.data != data.data:
+        data = dataclasses.replace(data, data=arguments.data, revision="")  # the commit was of the other's
     try:
         dataset = open_dataset(data, config.unet, progress)
     except InputError as error:

@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train --steps 0", "ddpm-fast: --steps is 0: it must be at least 1. See ddpm-fast train --help"),
         ("train --steps 1.5", "--steps is '1.5': it must be a whole number. See"),
         ("train --learning-rate inf", "--learning-rate is inf: it must be finite. See"),
-        ("train --data nowhere.npy", "nowhere.npy does not exist: name a folder of images or a .npy/.npz file"),
+        ("train --data nowhere.npy", "nowhere.npy does not exist: name a folder of images, a .npy, .npz,"),
         ("train --dropout high", "--dropout is 'high': it must be a number. See"),
         ("train --channel-multipliers 1 x", "--channel-multipliers is ['1', 'x']: it must be whole numbers. See"),
         ("train --steps", "--steps needs a value"),

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+pytest.importorskip("sklearn")
 from sklearn.datasets import load_digits
 
 from ddpm_fast.config import DataConfig, UNetConfig
