@@ -13,6 +13,17 @@ SampleFormat = Literal["png", "npz", "tar"]
 
 
 @dataclass(frozen=True)
+class FileOptions:
+    """Where more flags are written down."""
+
+    config: str = ""
+    """TOML file of flags by their Python names, flat or in [unet], [training] ...; flags that are given win over it."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+
+
+@dataclass(frozen=True)
 class StartOptions:
     """Where a run starts, and when it stops."""
 

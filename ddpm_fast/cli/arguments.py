@@ -8,7 +8,7 @@ import tyro
 
 from ddpm_fast.config import Config, TrainingConfig
 from ddpm_fast.errors import require, require_types
-from ddpm_fast.options import LoadOptions, SampleFormat, SamplingOptions, StartOptions
+from ddpm_fast.options import FileOptions, LoadOptions, SampleFormat, SamplingOptions, StartOptions
 from ddpm_fast.presets import PRESETS
 
 
@@ -18,6 +18,7 @@ class TrainArguments:
 
     config: Config = field(default_factory=lambda: PRESETS["digits"])
     start: StartOptions = field(default_factory=StartOptions)
+    file: FileOptions = field(default_factory=FileOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,7 @@ class CheckArguments:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN]")] = ""
     """A run directory, with --device, --kernels, --accept and --strict; left out, the flags below are checked."""
     config: Config = field(default_factory=lambda: PRESETS["digits"])
+    file: FileOptions = field(default_factory=FileOptions)
 
     def for_help(self) -> "CheckArguments":
         """Return the same, of which tyro shows no more than is checked; all of train's flags are understood."""

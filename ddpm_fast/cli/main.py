@@ -26,6 +26,7 @@ from ddpm_fast.cli.arguments import (
     SweepArguments,
     TrainArguments,
 )
+from ddpm_fast.cli.config_file import reading_file
 from ddpm_fast.cli.parsing import BY_FLAGS, own_flags, parse, value_of
 from ddpm_fast.cli.waiting import wait_politely
 from ddpm_fast.errors import InputError, MathematicsError, nearest
@@ -63,6 +64,7 @@ BROKEN_PIPE = 141
 """The exit status of what is piped into `head` and has more to say: 128 + SIGPIPE, as of other programs."""
 
 
+@reading_file(TrainArguments)
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
     """Parse train's flags over the preset's defaults, or over the run's that is continued or judged against."""
     name, against = value_of("--preset", arguments), value_of("--against", arguments)
@@ -78,6 +80,7 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
     return parse(TrainArguments, arguments, TrainArguments(config=default), "train")
 
 
+@reading_file(CheckArguments)
 def parse_check(arguments: Sequence[str]) -> CheckArguments:
     """Parse check's flags over the preset's defaults.
 

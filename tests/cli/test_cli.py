@@ -71,7 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train --gpus 1", "Did you mean '--device'?"),
         ("train --device gpu", "it must be one of 'auto', 'cpu', 'cuda'. Did you mean 'cuda'? See"),
         ("train --class 3", "unknown flag --class. See ddpm-fast train --help"),
-        ("train --config x", "unknown flag --config. See"),
+        ("train --config x", "--config x does not exist: name a TOML file of flags by their Python names"),
         ("train --no-compil", "Did you mean '--no-compile'?"),
         ("train --groups 7", "change --channels or --groups. See"),
         ("train --height 9 --width 8", "height 9 does not divide by 2"),
