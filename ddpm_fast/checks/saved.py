@@ -5,7 +5,7 @@ Everything is written for real, into a directory that is removed afterwards.
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,11 +141,11 @@ def _equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _wanted(config: Config) -> SamplingOptions:
-    """Return a wish in which nothing has its default."""
-    steps = min(2, config.diffusion.timesteps)
+def _wanted(config: Config, sampler: SamplerName = "ddim") -> SamplingOptions:
+    """Return a wish in which nothing has its default; DDIM alone has an eta."""
+    steps, eta = min(2, config.diffusion.timesteps), 0.5 if sampler == "ddim" else 0.0
     where = {"count": 3, "seed": 2**32 + 5, "first_index": 17, "batch_size": BATCH}
-    return SamplingOptions("ddim", steps, eta=0.5, spacing="leading", **where)
+    return SamplingOptions(sampler, steps, eta=eta, spacing="leading", **where)
 
 
 def _unet_with(config: Config, weights: Mapping[str, Tensor], device: torch.device) -> UNet:
@@ -160,7 +160,7 @@ def _images(
     config: Config, weights: Mapping[str, Tensor], device: torch.device, sampler: SamplerName = "ddim"
 ) -> Tensor | None:
     """Make the images that a model with these weights should make."""
-    unet, wanted = _unet_with(config, weights, device), replace(_wanted(config), sampler=sampler)
+    unet, wanted = _unet_with(config, weights, device), _wanted(config, sampler)
     table = samplers.sampler_table(config.diffusion, SamplerConfig(sampler, wanted.steps, wanted.eta, wanted.spacing))
     loop = sampling.SamplingLoop(unet, table, choose_dtype(config.training.precision, device))
     return images_of(loop, sampling.ImageRange(wanted.seed, wanted.first_index, wanted.count))
@@ -198,11 +198,10 @@ def _check_later_wishes(model: Model, other: UNet, images: Tensor | None) -> Che
     """Check that a model whose weights are exchanged, and that is asked for another sampler, does as it is told."""
     assert images is not None
     model.unet.load_state_dict(other.state_dict())
-    wanted, wrong = _wanted(model.config), list[str]()
-    options: dict[str, Any] = {f.name: getattr(wanted, f.name) for f in fields(wanted)}
-    if not _alike(model.sample(progress=False, **options), images):
+    wrong = list[str]()
+    if not _alike(model.sample(progress=False, **vars(_wanted(model.config))), images):
         wrong.append("new weights")
-    options["sampler"] = "ddpm"
+    options = vars(_wanted(model.config, "ddpm"))
     truth = _images(model.config, other.state_dict(), model.device, "ddpm")
     if truth is not None and not _alike(model.sample(progress=False, **options), truth):
         wrong.append("another sampler")

@@ -14,7 +14,10 @@ from ddpm_fast.presets import PRESETS
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Train a U-Net. --preset is read first and gives the defaults of all other flags."""
+    """Train a U-Net. --preset is read first and gives the defaults of all other flags.
+
+    Ctrl-C saves and stops. `kill -USR1 PID` has the run save a checkpoint and draw a grid now, and go on as it would.
+    """
 
     config: Config = field(default_factory=lambda: PRESETS["digits"])
     start: StartOptions = field(default_factory=StartOptions)

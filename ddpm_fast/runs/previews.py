@@ -75,9 +75,19 @@ class Previews:
         passes = share * 3 * self.config.training.batch_size * (step - last_due(step, every))
         if step == 0:
             passes = FIRST_FLOP[self.trainer.device.type] / self.trainer.unet.estimate_flop()
+        return self._affordable(passes) or int(asked)
+
+    def images_now(self) -> int:
+        """Return how many images to draw for somebody who asks now: 0 where this step's grid is there."""
+        if (self.directory / f"{self._stem}_raw.png").exists():
+            return 0
+        return self._affordable(ASKED_SHARE * 3 * self.config.training.batch_size * self.trainer.step) or 1
+
+    def _affordable(self, passes: float) -> int:
+        """Return the largest of `COUNTS` whose grid takes no more forward passes; 0 where a single image takes more."""
         unet = self.config.unet
         counts = COUNTS if unet.height * unet.width <= LARGE_IMAGE else COUNTS[1:]
-        return next((count for count in counts if count * self.steps <= passes), int(asked))
+        return next((count for count in counts if count * self.steps <= passes), 0)
 
     def seconds(self, count: int, seconds_per_step: float) -> float:
         """Estimate the time that a grid takes.

@@ -117,6 +117,8 @@ class Run:
                     self._in_parts_that_fit(trainer.train_step_no_sync)
                     self.progress.step_done()
                     self._do_what_is_due()
+                    if self.signals.asked():
+                        self._save_and_draw_now()
             except InterruptedRunError as interrupted:
                 raise self._save_and_say_so(interrupted.number) from None
 
@@ -258,21 +260,34 @@ class Run:
                 self.saver.save(step, self.trainer.state())
                 self._saved = step
 
+    def _save_and_draw_now(self) -> None:
+        """Save and draw as SIGUSR1 asks: no number of the run depends on it."""
+        if self.trainer.step > self._saved:
+            self.save()
+        count = self.previews.images_now()
+        drew = self._draw(count, may_fail=True) if count else True
+        self.saver.wait()
+        grid = f" and drawn, see {self.previews.directory}" if drew else ""
+        say(f"step {self.trainer.step:,}: saved{grid}, as SIGUSR1 asked")
+
     def _draw_if_due(self) -> None:
         """Draw a grid where one is due; one that nobody asked for may fail."""
-        pace = self.progress.seconds_per_step
         count = self.previews.images_due(self.finished)
-        if not count:
-            return
+        if count:
+            self._draw(count, may_fail=not self.previews.asked_for(self.finished))
+
+    def _draw(self, count: int, may_fail: bool) -> bool:
+        """Draw a grid of so many images; return whether it was drawn."""
         images = f"{count} image" + ("s" if count > 1 else "")
-        with self.progress.doing(f"drawing {images}", self.previews.seconds(count, pace)):
+        with self.progress.doing(f"drawing {images}", self.previews.seconds(count, self.progress.seconds_per_step)):
             try:
                 samples = self.previews.draw(count)
             except MathematicsError as error:
-                if self.previews.asked_for(self.finished):
+                if not may_fail:
                     raise
                 say(f"step {self.trainer.step:,}: no grid was drawn: {error}")
-                return
+                return False
             if self.config.unet.image_channels in (1, 3):
                 pixels = torch.from_numpy(to_uint8(samples))
                 self.board.add_images("samples", pixels, self.trainer.step, dataformats="NHWC")
+        return True

@@ -1,6 +1,7 @@
 """How work is asked to stop: SIGINT and SIGTERM end it at once, but for what must not be left half done.
 
-The second signal ends that, too. Files appear whole or not at all in any case (see `files`).
+The second signal ends that, too. Files appear whole or not at all in any case (see `files`). SIGUSR1 ends nothing: it
+asks a run that trains to save and draw now, and elsewhere does nothing.
 """
 
 import signal
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+ASKS = getattr(signal, "SIGUSR1", None)
+"""What Windows has not."""
 
 
 class InterruptedRunError(KeyboardInterrupt):
@@ -28,11 +31,13 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self._received, self._pending, self._held = 0, 0, 0
+        self._received, self._pending, self._held, self._asked = 0, 0, 0, False
 
     def __enter__(self) -> "Signals":
         main = threading.current_thread() is threading.main_thread()
         self._before = {number: signal.signal(number, self._arrived) for number in NUMBERS if main}
+        if main and ASKS is not None:
+            self._before[ASKS] = signal.signal(ASKS, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -48,6 +53,14 @@ class Signals:
             for each in NUMBERS:
                 signal.signal(each, signal.SIG_DFL)
         raise InterruptedRunError(number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def asked(self) -> bool:
+        """Return whether SIGUSR1 arrived since this was called last."""
+        asked, self._asked = self._asked, False
+        return asked
 
     @contextmanager
     def held(self) -> Iterator[None]:
