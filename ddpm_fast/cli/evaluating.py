@@ -31,7 +31,7 @@ def evaluate(arguments: EvaluateArguments) -> int:
     sampler = arguments.sampler_for(model.config)
     which = f"seed{arguments.seed}" + (f"-from{arguments.first_index}" if arguments.first_index else "")
     name = f"step-{model.step:07d}-{how(model, sampler)}-{which}-{arguments.count}-images.json"
-    file = checkpoint.run_of(model.path) / "quality" / name
+    file = model.home / "quality" / name
     require_writable(file.parent)
     evaluator = evaluator_of(model.config, _real_images(arguments, model, progress), progress)
     batches = [to_uint8(x) for _, x in model.batches(arguments, progress)]  # a quarter of the floats' memory

@@ -46,6 +46,10 @@ class Checkpoint:
     """Of each part's file, by part; of a checkpoint of the first format, which had none, none."""
     _verified: set[str] = field(default_factory=set, repr=False, compare=False)
 
+    def files(self, part: str) -> list[Path]:
+        """Return the files that decide what a part's weights make."""
+        return [self.path / f"{part}.safetensors", self.path / "state.json"]
+
     def verify(self, parts: Sequence[str] = TENSOR_FILES) -> None:
         """Read the files of parts, once, and hold their bytes to their digests.
 

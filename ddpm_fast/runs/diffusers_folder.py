@@ -40,6 +40,10 @@ class DiffusersFolder(checkpoint.Checkpoint):
 
     weights: Path
 
+    def files(self, part: str) -> list[Path]:
+        """Return the files that decide what the weights make."""
+        return [self.weights, *sorted(self.path.rglob("*config.json")), *self.path.glob(OURS)]
+
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Read the weights, by their names of today, in float32.
 
@@ -140,6 +144,12 @@ def resolve(source: Path, parts: tuple[str, ...]) -> checkpoint.Checkpoint:
         source = download(name.removeprefix(HUB))
         require(is_one(source), f"{name} is no diffusers model: it has neither model_index.json nor a U-Net's config")
     return read(source) if is_one(source) else checkpoint.resolve(source, parts)
+
+
+def home_of(source: Path, found: checkpoint.Checkpoint) -> Path:
+    """Return where what is made of a model is kept: its run, or a directory of its name for one of the hub."""
+    name = str(source)
+    return Path(name.removeprefix(HUB).replace("/", "-")) if name.startswith(HUB) else checkpoint.run_of(found.path)
 
 
 def download(name: str) -> Path:

@@ -64,8 +64,8 @@ def kind_of(model: Model, wanted: SamplingOptions, format: SampleFormat) -> Kind
 def _digest_of(model: Model) -> str:
     """Return a digest of a checkpoint's weights and its configuration."""
     digests = []
-    for name in (f"{model.part}.safetensors", "state.json"):
-        with (model.path / name).open("rb") as file:
+    for path in model.files:
+        with path.open("rb") as file:
             digests.append(hashlib.file_digest(file, hashlib.blake2b).hexdigest())
     return hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
 
@@ -86,7 +86,7 @@ def default_directory(model: Model, wanted: SamplingOptions, kind: Kind) -> Path
 
     Other samples of that name are those of another step, or of other code.
     """
-    run = checkpoint.run_of(model.path)
+    run = model.home
     name = f"{how(model, wanted.sampler_for(model.config))}-seed{wanted.seed}"
     newest = checkpoint.newest(run, (model.part,)) if run != model.path else None
     if newest is not None and newest.step != model.step:

@@ -71,13 +71,18 @@ class Model:
     """Optimizer steps after which the weights were saved."""
     fingerprint: str
     """Of the images that the run trains on."""
+    files: list[Path]
+    """What decides its images."""
+    home: Path
+    """Where they are kept."""
 
     def __init__(self, run: Path, options: LoadOptions) -> None:
         """Load a run's newest checkpoint, a checkpoint, or a diffusers model; see `ddpm_fast.load`."""
         self.part = part = "ema" if options.weights == "ema" else "model"
         found = diffusers_folder.resolve(run, (part,))
         self.path, self.config, self.step, self.options = found.path, found.config, found.step, options
-        self.fingerprint = found.fingerprint
+        self.fingerprint, self.files = found.fingerprint, found.files(part)
+        self.home = diffusers_folder.home_of(run, found)
         self.device = prepare_device(options.device, options.precision)
         fits = options.precision != "tf32" or self.device.type == "cuda"
         require(fits, f"--precision tf32 is an NVIDIA GPU's, and this is computed on {self.device}: leave it out")
