@@ -30,6 +30,7 @@ from ddpm_fast.runs.compare import open_run, what_will_differ
 from ddpm_fast.runs.decisions import settle
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.directory import find_start, holds_run, read_config, read_metrics, recorded, where_data_is
+from ddpm_fast.runs.initial import initial_weights, with_network_of
 from ddpm_fast.runs.lock import locked
 from ddpm_fast.runs.retention import require_space
 from ddpm_fast.runs.run import Run
@@ -122,13 +123,15 @@ def train(
         InterruptedRunError: SIGINT or SIGTERM arrived, in the main thread; the finished steps are saved.
     """
     start = StartOptions(str(out or ""), resume, resume_or_start, str(against or ""), until_decided)
-    config = with_flags(starting_config(preset, start), flags)
+    config = with_flags(starting_config(preset, start, str(flags.get("init", ""))), flags)
     with Signals():
         return train_config(config, start, progress)
 
 
-def starting_config(preset: str | None, start: StartOptions) -> Config:
+def starting_config(preset: str | None, start: StartOptions, init: str = "") -> Config:
     """Return the preset's configuration or that of the run which is continued or judged against: what flags change.
+
+    The U-Net and the process are those of the model that `init` names, if it names one.
 
     Raises:
         InputError: there is no such preset or run, or nothing to resume was named.
@@ -140,9 +143,8 @@ def starting_config(preset: str | None, start: StartOptions) -> Config:
         if read_config(run) is None:
             print(f"{run / 'config.json'} is missing or torn: it is written anew, as the newest checkpoint has it")
         return dataclasses.replace(where_data_is(run, config), preset=preset or config.preset)
-    if start.against:
-        return open_run(Path(start.against)).config
-    return find_preset(preset or "digits")
+    config = open_run(Path(start.against)).config if start.against else find_preset(preset or "digits")
+    return with_network_of(init, config) if init else config
 
 
 def _resumes(start: StartOptions) -> bool:
@@ -203,12 +205,15 @@ def _train_in(
         return _judged(directory, judge)
     if resume:
         print(f"{directory}: {_where_it_goes_on(directory, config, found)}")
+    initial = initial_weights(config) if training.init and found is None else None
     if warning := require_space(directory, config, step):
         print(warning)
     with enough_memory(device, training.batch_size // training.accumulate):
         if report(check_run(config, dataset, device), strict=config.checks.strict):
             raise MathematicsError("the mathematics is wrong: nothing was trained")
         run = Run(directory, config, dataset, found, progress, judge, decided)
+        if initial is not None:
+            run.start_from(initial)
         if judge is not None:
             judge.recall(directory)
         trained, held_out = split(len(dataset), config.data.holdout)

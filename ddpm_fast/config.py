@@ -198,6 +198,8 @@ class TrainingConfig:
     """Steps between two measurements of the samples' quality, and one at the end; 0 measures none."""
     evaluate_count: int = 1000
     """Samples that --evaluate-every makes and measures each time."""
+    init: str = ""
+    """Start from the weights of a run, a checkpoint, a diffusers folder or hf:NAME, whose U-Net and process hold."""
 
     def __post_init__(self) -> None:
         require_types(self)

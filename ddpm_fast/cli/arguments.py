@@ -94,6 +94,7 @@ class CheckedTraining(TrainingConfig):
     sample_every: tyro.conf.Suppress[int] = TrainingConfig.sample_every
     evaluate_every: tyro.conf.Suppress[int] = TrainingConfig.evaluate_every
     evaluate_count: tyro.conf.Suppress[int] = TrainingConfig.evaluate_count
+    init: tyro.conf.Suppress[str] = TrainingConfig.init
 
 
 OF_A_RUN = ("--device", "--kernels", "--no-kernels", "--accept", "--strict", "--no-strict")

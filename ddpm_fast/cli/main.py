@@ -66,15 +66,16 @@ BROKEN_PIPE = 141
 
 @reading_file(TrainArguments)
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
-    """Parse train's flags over the preset's defaults, or over the run's that is continued or judged against."""
+    """Parse train's flags over the preset's defaults, or over those of the run that is named for it."""
     name, against = value_of("--preset", arguments), value_of("--against", arguments)
+    init = value_of("--init", arguments)
     given = {argument.replace("_", "-") for argument in arguments}
-    if given & {"--resume", "--resume-or-start"} or against is not None:
+    if given & {"--resume", "--resume-or-start"} or against is not None or init:
         from ddpm_fast.api import starting_config
 
         out, either = value_of("--out", arguments) or "", "--resume-or-start" in given
         start = StartOptions(out, "--resume" in given, either, against or "")
-        default = starting_config(name, start)
+        default = starting_config(name, start, init or "")
     else:
         default = preset(name or "digits")
     return parse(TrainArguments, arguments, TrainArguments(config=default), "train")

@@ -246,6 +246,14 @@ class Trainer:
         self.flat.load_state(parts)
         self.step = step
 
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin with weights of one's own, the average with the same.
+
+        Raises:
+            ValueError: a name or a shape does not fit this U-Net.
+        """
+        self.flat.load_state({**self.state(), "model": weights, "ema": weights})
+
     def locate_nonfinite(self) -> str:
         """Run the latched step again (its noise has an address) and name what is the first not to be finite.
 

@@ -2,13 +2,14 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ddpm_fast.config import Config, with_training
 from ddpm_fast.data.batches import BatchSource
@@ -85,6 +86,11 @@ class Run:
         prepare(directory, config, dataset.fingerprint, self.trainer.step, asdict(decided))
         self.guards = Guards(config, directory, self.trainer, self.saver.wait)
         self._logged = max((line["step"] for line in read_metrics(directory)), default=0)
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Start with these weights, and keep them as step 0: to continue, their source is not needed any more."""
+        self.trainer.load_weights(weights)
+        checkpoint.save(self.directory, 0, self.config, self.dataset.fingerprint, self.trainer.state())
 
     @property
     def finished(self) -> bool:
