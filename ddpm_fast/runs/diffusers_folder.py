@@ -63,7 +63,7 @@ def _unreadable(file: Path, error: Exception) -> str:
         return f"{file} is truncated or no safetensors file ({str(error).splitlines()[0]})"
     if pickled.exists():
         return f"{pickled} is a pickle, which could run any code: save the model again as safetensors"
-    return f"{file} is missing: sharded weights and variants are not read"
+    return f"{file} is missing: weights are read from one safetensors file, never from a .bin, which is a pickle"
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -155,18 +155,28 @@ def home_of(source: Path, found: checkpoint.Checkpoint) -> Path:
 def download(name: str) -> Path:
     """Fetch a model from the Hugging Face hub, or find it in the hub's own cache; returns its folder.
 
+    No token is sent at first: only where that is refused, and the user has logged in, is the model asked for by name.
+
     Raises:
         InputError: it is not there, or cannot be reached.
     """
     try:
-        import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub import errors, get_token, snapshot_download
     except ImportError:
         raise InputError(f"{HUB}{name} needs huggingface_hub: pip install 'ddpm-fast[hub]'") from None
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library, whichever it is
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=READ))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{HUB}{name} cannot be fetched: {str(error).strip().splitlines()[0]}") from None
+        try:
+            return Path(snapshot_download(name, allow_patterns=READ, token=False))
+        except errors.RepositoryNotFoundError:  # nor is one that is private or gated shown to strangers
+            if not get_token():
+                raise
+            return Path(snapshot_download(name, allow_patterns=READ))
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"{HUB}{name} does not exist on the hub, or is private: hf auth login") from None
+    except (http_error, errors.HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{HUB}{name} cannot be fetched: {reason}") from None
 
 
 def write(path: Path, found: checkpoint.Checkpoint, weights: Mapping[str, Tensor], extra: Mapping[str, bytes]) -> None:

@@ -153,7 +153,7 @@ def test_other_sources_are_refused(folders, tmp_path, capsys):
 
 
 def test_a_hub_model_is_fetched_only_by_its_name(folders, tmp_path, capsys, monkeypatch):
-    import huggingface_hub
+    huggingface_hub = pytest.importorskip("huggingface_hub")
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     asked = []
