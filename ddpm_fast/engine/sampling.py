@@ -7,8 +7,10 @@ Shapes: N images, C channels, H x W pixels, K steps, S the U-Net's time shifts.
 """
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ from ddpm_fast.engine.buffers import Buffers
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, InFlight, memory_of
 from ddpm_fast.engine.execution import EAGER, Execution
 from ddpm_fast.engine.memory import in_batches_that_fit
-from ddpm_fast.errors import MathematicsError
+from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.progress import Progress, say
 
@@ -36,6 +38,7 @@ DIFFERENCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
 """Relative difference of outputs that is still rounding: other algorithms, fused ones and TF32 round otherwise."""
 
 OnStep = Callable[[int, Tensor], None]
+OnProgress = Callable[[int], object]
 
 
 class StepFunctions(NamedTuple):
@@ -88,7 +91,24 @@ class SamplingLoop:
         self.graphs = graphs or (CudaGraphs(self.device) if execution.captured else None)
         self.graph_bytes = 0  # that captures took, all batch sizes together
         self.buffers_by_size: OrderedDict[int, Buffers] = OrderedDict()
+        self._lock, self._in_use = threading.RLock(), False
         self.most_images = 2**32  # at once, of which memory was not seen to be too small
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one thread at a time write to the weights and buffers.
+
+        Raises:
+            InputError: this thread is in the middle of that: on_step was called, and samples from the same loop.
+        """
+        with self._lock:
+            if self._in_use:
+                raise InputError("on_step samples from the model that calls it: load that a second time")
+            self._in_use = True
+            try:
+                yield
+            finally:
+                self._in_use = False
 
     @torch.no_grad()
     def _compute_time_shifts(self, unet: UNet) -> Tensor:
@@ -98,9 +118,10 @@ class SamplingLoop:
     @torch.no_grad()
     def load_weights(self, unet: UNet) -> None:
         """Sample from another U-Net's weights from now on; what was compiled and captured stays valid."""
-        for own, new in zip(self.unet.parameters(), sampling_copy(unet, self.dtype).parameters(), strict=True):
-            own.copy_(new)
-        self.time_shifts.copy_(self._compute_time_shifts(unet))
+        with self._alone():
+            for own, new in zip(self.unet.parameters(), sampling_copy(unet, self.dtype).parameters(), strict=True):
+                own.copy_(new)
+            self.time_shifts.copy_(self._compute_time_shifts(unet))
 
     def take_step(self, buffers: Buffers, functions: StepFunctions) -> None:
         """Take the step whose number lies in device memory, and advance that."""
@@ -169,9 +190,8 @@ class SamplingLoop:
                 f"({allowed:.0e} would be rounding): sample with --no-capture, or --no-compile"
             )
 
-    @torch.no_grad()
     def run(
-        self, address: NoiseAddress, on_step: OnStep | None = None, on_progress: Callable[[int], object] | None = None
+        self, address: NoiseAddress, on_step: OnStep | None = None, on_progress: OnProgress | None = None
     ) -> Tensor:
         """Sample one batch (Ho et al. 2020, Algorithm 2).
 
@@ -183,6 +203,10 @@ class SamplingLoop:
         Returns:
             [N, C, H, W] float32, a copy.
         """
+        with self._alone(), torch.no_grad():
+            return self._run(address, on_step, on_progress)
+
+    def _run(self, address: NoiseAddress, on_step: OnStep | None, on_progress: OnProgress | None) -> Tensor:
         # x_T is pure noise: Algorithm 2, line 1.
         buffers = self.buffers(len(address.sample_index))
         buffers.start(address)
@@ -249,9 +273,8 @@ def stream(
     """
     key, end = key_from_seed(images.seed, loop.device), images.first + images.count
     batches = images.batches(min(largest_batch, loop.most_images))
-    total = len(loop.rows) * len(batches)
     what = "compiling, then sampling" if loop.execution.compiled else "sampling"
-    with Progress(what, total, "step", progress, leave=False) as shown:
+    with Progress(what, len(loop.rows) * len(batches), "step", progress, leave=False) as shown:
 
         def advance(steps: int) -> None:
             shown.rename("sampling")

@@ -142,6 +142,7 @@ class EvaluationSet:
     def evaluate(self, trainer: Trainer) -> Evaluation:
         """Return what averaged and last weights are off now."""
         count, errors = examples_at(trainer.step), dict[str, Tensor]()
+        self._batch = min(self._batch, 4 * len(trainer.images) // trainer.accumulate)  # where steps were healed
         with trainer.ema_weights() as averaged:
             errors["ema"] = self._errors(averaged, trainer.dtype, self._images[:count])
             if self._training_images is not None:

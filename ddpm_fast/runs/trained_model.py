@@ -4,6 +4,7 @@ Shapes: N images, C channels, H x W pixels, T diffusion timesteps.
 """
 
 import dataclasses
+import threading
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
@@ -90,6 +91,7 @@ class Model:
         self.unet = unet.requires_grad_(False).eval().use(choose_ops(options.kernels, self.device))
         self.loop: SamplingLoop | None = None
         self._sampler: SamplerConfig | None = None
+        self._choosing = threading.Lock()
 
     def __repr__(self) -> str:
         unet = self.config.unet
@@ -126,7 +128,8 @@ class Model:
     ) -> Images | Tensor:
         """Make images, by number: image 17 of a seed is the same whatever else is asked for.
 
-        What was compiled and captured for a sampler is kept until another one is asked for.
+        What was compiled and captured for a sampler is kept until another one is asked for. Threads may share a model:
+        they take turns, batch by batch.
 
         Args:
             count: how many.
@@ -193,9 +196,9 @@ class Model:
         """
         set_tf32(self.options.precision)  # a setting of the process, which another model may have changed
         with enough_memory(self.device, wanted.batch_size):
-            self.loop = self._loop_for(wanted)
+            loop = self._loop_for(wanted)
         images = ImageRange(wanted.seed, wanted.first_index, wanted.count, done)
-        return self._stream(self.loop, images, wanted.batch_size, progress, on_step)
+        return self._stream(loop, images, wanted.batch_size, progress, on_step)
 
     def _stream(
         self, loop: SamplingLoop, images: ImageRange, largest: int, progress: bool | None, on_step: OnStep | None
@@ -211,11 +214,14 @@ class Model:
         table = sampler_table(self.config.diffusion, sampler)
         flop = float(self.unet.estimate_flop()) * len(table.rows) * wanted.count
         execution = choose_execution(self.options.compile, self.options.capture, self.device, flop)
-        if self.loop is not None and (sampler, execution) == (self._sampler, self.loop.execution):
-            self.loop.load_weights(self.unet)
+        with self._choosing:
+            if self.loop is not None and (sampler, execution) == (self._sampler, self.loop.execution):
+                self.loop.load_weights(self.unet)
+                return self.loop
+            self.loop, self._sampler = None, sampler  # free the old one first
+            dtype = choose_dtype(self.options.precision, self.device)
+            self.loop = SamplingLoop(self.unet, table, dtype, execution)
             return self.loop
-        self.loop, self._sampler = None, sampler  # free the old one first
-        return SamplingLoop(self.unet, table, choose_dtype(self.options.precision, self.device), execution)
 
 
 def unet_of(found: checkpoint.Checkpoint, part: str) -> UNet:

@@ -146,7 +146,7 @@ def with_memory(megabytes: int, directory: Path, command: str) -> tuple[int, str
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_on_a_cpu_under_a_real_limit_a_run_and_its_sampling_heal(tmp_path):
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (64, 64, 64), dtype=np.uint8))
-    status, said = with_memory(1000, tmp_path, f"train {FLAGS} --batch-size 64 --out run")
+    status, said = with_memory(1500, tmp_path, f"train {FLAGS} --batch-size 64 --out run")
     assert (status, said.count("memory did not suffice for")) == (0, 1), said
     assert "step 2 of 2" in said
     decided = decisions.read(tmp_path / "run")
