@@ -177,6 +177,7 @@ class Run:
         try:
             logs = self._evaluation_is_due() or self._scores_are_due() or step % self.config.training.log_every == 0
             if self.trainer.half_updated:  # by a second signal: what would be saved is no step's state
+                self.saver.wait()
                 raise InterruptedRunError(number)
             if step > self._saved:
                 if step > self._logged and logs:
