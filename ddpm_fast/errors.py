@@ -2,8 +2,8 @@
 
 import dataclasses
 import difflib
-import math
 import reprlib
+import sys
 from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -113,7 +113,8 @@ def require_types(part: Any) -> None:
         else:
             fits = type(value) is kind or (kind is float and type(value) is int)
             require(fits, f"{is_value}: it must be {_KINDS[kind]}")
-            require(kind is not float or math.isfinite(value), f"{is_value}: it must be finite")
+            finite = kind is not float or abs(value) <= sys.float_info.max  # of whole numbers, too, which JSON may hold
+            require(finite, f"{is_value}: it must be finite")
 
 
 def _require_choice(is_value: str, value: Any, choices: tuple[str, ...]) -> None:

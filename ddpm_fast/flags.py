@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_fast.config import Config
-from ddpm_fast.errors import require_known, require_object
+from ddpm_fast.errors import require, require_known, require_object
 
 NO_FLAGS = "sampling"  # the part of a configuration whose fields no flag of train sets: they are a preset's
 
@@ -29,6 +29,7 @@ def from_dict(values: Any) -> Config:
     require_object("the configuration", values)
     for name in parts:
         require_object(f"configuration key {name!r}", values.get(name, {}))
+    require(isinstance(values.get("preset", ""), str), "configuration key 'preset' is not text")
     return _part_from_dict(Config, {k: _part_from_dict(parts[k], v) if k in parts else v for k, v in values.items()})
 
 

@@ -171,7 +171,7 @@ def read(path: Path, parts: Sequence[str] = TENSOR_FILES) -> Checkpoint:
         found = Checkpoint(path, int(state["step"]), config, str(state["fingerprint"]), digests)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(_unreadable(file, error)) from None
     for part in parts:
         _check_complete(path / f"{part}.safetensors")

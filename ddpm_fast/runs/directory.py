@@ -217,7 +217,7 @@ def prepare(run: Path, config: Config, fingerprint: str, step: int, decided: Map
 def _metrics_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the lines of metrics.jsonl with what they say; a torn one is left out."""
     for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
             values = json.loads(line)
             int(values["step"])  # a line without its step is none of ours
             yield line, values

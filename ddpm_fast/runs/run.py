@@ -23,6 +23,7 @@ from ddpm_fast.files import writing
 from ddpm_fast.progress import say
 from ddpm_fast.runs import checkpoint, decisions, evaluation, origin, scores
 from ddpm_fast.runs.against import EITHER_WAY, Judge
+from ddpm_fast.runs.board import Board
 from ddpm_fast.runs.decisions import Decisions, decide
 from ddpm_fast.runs.directory import amend_last_metrics, prepare, read_metrics
 from ddpm_fast.runs.evaluation import is_due
@@ -109,10 +110,7 @@ class Run:
         with self.signals, ExitStack() as opened:
             try:
                 origin.write(self.directory, trainer.step, trainer.device)
-                from torch.utils.tensorboard import SummaryWriter  # which sampling and checking have no use for
-
-                writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=trainer.step)
-                self.board = opened.enter_context(writer)
+                self.board = opened.enter_context(Board(self.directory, trainer.step))
                 opened.enter_context(self.progress)
                 opened.enter_context(self.saver)
                 if trainer.execution.compiled:
