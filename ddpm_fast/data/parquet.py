@@ -20,7 +20,7 @@ from ddpm_fast.data.labels import NO_LABELS, Labels, from_values
 from ddpm_fast.data.pictures import Contents, Encoded
 from ddpm_fast.errors import InputError, nearest, require
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 64
 BUFFER_BYTES = 1 << 20
 """Of a row group so much is read at once."""
 IMAGE_NAMES, LABEL_NAMES = ("image", "img"), ("label", "labels", "class", "fine_label")

@@ -22,7 +22,7 @@ from ddpm_fast.data.labels import from_values
 from ddpm_fast.data.pictures import Contents, Encoded
 from ddpm_fast.errors import InputError, require
 
-AT_ONCE = 256
+AT_ONCE = 64
 CLASS, FACTS = "cls", "json"
 """Endings of the files that say what class an example is of; of the latter by one of these keys."""
 KEYS = ("label", "cls", "class")
