@@ -12,11 +12,10 @@ from filelock import FileLock, Timeout
 from ddpm_fast.errors import InputError
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.directory import read_config, read_metrics
+from ddpm_fast.runs.lock import NAME as LOCK
 
 RUNS = Path("runs")
 """Where runs are by default."""
-LOCK = ".lock"
-"""A run's file that the process which trains it holds locked."""
 
 
 @dataclass(frozen=True)

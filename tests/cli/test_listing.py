@@ -17,7 +17,8 @@ from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.flags import to_dict
 from ddpm_fast.runs.directory import read_metrics
-from ddpm_fast.runs.listing import LOCK, find_runs, is_running, newest_run, state_of
+from ddpm_fast.runs.listing import find_runs, is_running, newest_run, state_of
+from ddpm_fast.runs.lock import NAME as LOCK
 from ddpm_fast.runs.run import Run
 
 TINY = Config(
