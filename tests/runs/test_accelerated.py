@@ -21,7 +21,7 @@ from tests.runs.diffusers_models import pipeline
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler(), {"num_inference_steps": 25}),
     "ddim": (DDIMScheduler(), {"num_inference_steps": 25, "eta": 0.5}),
-    "dpm": (DPMSolverMultistepScheduler(), {"num_inference_steps": 8}),
+    "dpm": (DPMSolverMultistepScheduler(thresholding=True), {"num_inference_steps": 8}),
 }
 
 
@@ -53,7 +53,7 @@ def test_images_of_the_same_noise_are_the_pipelines(name, monkeypatch):
     hand_over(monkeypatch, NoiseAddress(key, torch.arange(3)))
     expected = theirs(3, output_type="np", **keywords).images
     assert np.abs(found["np"] - expected).max() < 1 / 255
-    assert expected.std() > 0.05
+    assert ((expected > 0) & (expected < 1)).mean() > 0.3  # there is something to compare
     assert torch.equal(found["pt"], torch.from_numpy(found["np"]).permute(0, 3, 1, 2))
     assert [image.mode for image in found["pil"]] == ["L"] * 3
     assert (

@@ -135,7 +135,7 @@ def hand_over_noise(monkeypatch: pytest.MonkeyPatch, images: int, seed: int = 0)
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", randn_tensor)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddpm-cosine-v", "ddim", "dpm++-leading"])
+@pytest.mark.parametrize("name", ["ddpm", "ddpm-cosine-v", "ddim", "dpm++-clipped"])
 def test_images_of_the_same_noise_are_the_pipelines(name, tmp_path, monkeypatch):
     made = pipeline(SCHEDULERS[name])
     made.save_pretrained(tmp_path)
@@ -144,7 +144,7 @@ def test_images_of_the_same_noise_are_the_pipelines(name, tmp_path, monkeypatch)
     hand_over_noise(monkeypatch, 3)
     theirs = made(batch_size=3, num_inference_steps=50, output_type="pt").images
     assert float(((ours / 2 + 0.5).clamp(0, 1) - theirs).abs().max()) < 1 / 255
-    assert float(theirs.std()) > 0.05  # there is something to compare
+    assert float(((theirs > 0) & (theirs < 1)).float().mean()) > 0.3  # there is something to compare
 
 
 RUNS = {
