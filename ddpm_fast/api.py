@@ -14,16 +14,17 @@ from typing import Any, Unpack
 
 from ddpm_fast.checks.results import report
 from ddpm_fast.checks.suite import check_run
-from ddpm_fast.config import Config
+from ddpm_fast.config import Config, DataConfig
 from ddpm_fast.data.batches import split
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.engine.execution import set_deterministic
 from ddpm_fast.errors import MathematicsError, require
 from ddpm_fast.files import require_writable
-from ddpm_fast.flags import with_flags
-from ddpm_fast.options import LoadOptions, StartOptions
+from ddpm_fast.flags import plain, with_flags
+from ddpm_fast.options import LoadOptions, StartOptions, Wanted
+from ddpm_fast.presets import AUTO, plans
 from ddpm_fast.presets import preset as find_preset
-from ddpm_fast.runs import checkpoint, decisions, evaluation, origin, scores
+from ddpm_fast.runs import auto, checkpoint, decisions, evaluation, origin, scores
 from ddpm_fast.runs.accelerated import AcceleratedPipeline
 from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run, what_will_differ
@@ -100,19 +101,22 @@ def train(
     resume_or_start: bool = False,
     against: str | Path = "",
     until_decided: bool = False,
+    minutes: float = 0,
     progress: bool = True,
     **flags: Any,
 ) -> TrainedRun:
     """Check the mathematics, then train, saying what is done on the way.
 
     Args:
-        preset: what gives the defaults of all flags: a name of `PRESETS`, "digits" if left out.
+        preset: what gives the defaults of all flags: a name of `PRESETS`, or "auto", which plans them by the images.
+            Left out, it is "auto" where `data` is given, else "digits".
         out: the run's directory, which must not exist or be empty; by default runs/PRESET-N with the next free N.
         resume: continue from the newest whole checkpoint of `out`, which must hold a run, with more steps from before
             its cooldown; flags left out are those of the run.
         resume_or_start: the same if `out` holds a run, else start one there.
         against: a run to judge this one by: flags left out come from its config.json.
         until_decided: stop once the evaluation loss is certain to be lower or higher than that run's.
+        minutes: that a planned run may take; 0 is an hour on a CPU, and four on a GPU.
         progress: show bars.
         flags: any other flag of `ddpm-fast train`, by its Python name, as batch_size=64 or kernels=False.
 
@@ -122,19 +126,36 @@ def train(
             kept.
         InterruptedRunError: SIGINT or SIGTERM arrived, in the main thread; the finished steps are saved.
     """
-    start = StartOptions(str(out or ""), resume, resume_or_start, str(against or ""), until_decided)
-    config = with_flags(starting_config(preset, start, str(flags.get("init", ""))), flags)
+    start = StartOptions(str(out or ""), resume, resume_or_start, str(against or ""), until_decided, minutes)
     with Signals():
+        known = with_flags(AUTO, {name: value for name, value in flags.items() if name in _names(DataConfig)})
+        wanted = Wanted(**{name: plain(value) for name, value in flags.items() if name in _names(Wanted)})
+        config = with_flags(starting_config(preset, start, known.data, wanted, str(flags.get("init", ""))), flags)
         return train_config(config, start, progress)
 
 
-def starting_config(preset: str | None, start: StartOptions, init: str = "") -> Config:
-    """Return the preset's configuration or that of the run which is continued or judged against: what flags change.
+def _names(part: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(part)]
 
-    The U-Net and the process are those of the model that `init` names, if it names one.
+
+def starting_config(
+    preset: str | None,
+    start: StartOptions,
+    data: DataConfig | None = None,
+    wanted: Wanted | None = None,
+    init: str = "",
+) -> Config:
+    """Return what flags change: a preset, a plan, or the run's own that is continued or judged against.
+
+    Args:
+        preset: the name that was given, if any.
+        start: where to start.
+        data: that is given.
+        wanted: what of a plan is fixed.
+        init: the model, if any, whose U-Net and process are taken.
 
     Raises:
-        InputError: there is no such preset or run, or nothing to resume was named.
+        InputError: there is no such preset or run, nothing to resume was named, or nothing can be planned.
     """
     require(not (start.against and preset), f"--preset {preset} and --against {start.against}: leave one of them out")
     if _resumes(start):
@@ -143,8 +164,20 @@ def starting_config(preset: str | None, start: StartOptions, init: str = "") -> 
         if read_config(run) is None:
             print(f"{run / 'config.json'} is missing or torn: it is written anew, as the newest checkpoint has it")
         return dataclasses.replace(where_data_is(run, config), preset=preset or config.preset)
-    config = open_run(Path(start.against)).config if start.against else find_preset(preset or "digits")
+    data, wanted = data or DataConfig(), wanted or Wanted()
+    if start.against:
+        config = open_run(Path(start.against)).config
+    elif plans(preset, data.data, start.minutes):
+        config = auto.planned(data, _for_network(init, wanted) if init else wanted, start.minutes)
+    else:
+        config = find_preset(preset or "digits")
     return with_network_of(init, config) if init else config
+
+
+def _for_network(init: str, wanted: Wanted) -> Wanted:
+    """Return what a plan must keep to where the U-Net is another model's."""
+    unet = vars(with_network_of(init, AUTO).unet)
+    return dataclasses.replace(wanted, **{name: unet[name] for name in _names(Wanted) if name in unet})
 
 
 def _resumes(start: StartOptions) -> bool:
@@ -168,7 +201,7 @@ def train_config(
     """
     origin.remember()
     directory = Path(start.out) if start.out else next_free(Path("runs"), config.preset)
-    start = dataclasses.replace(start, resume=_resumes(start))
+    start = dataclasses.replace(start, resume=_resumes(start), minutes=0.0)  # which its configuration holds
     if start.resume:
         recorded(directory)
     require_writable(directory)
@@ -188,6 +221,8 @@ def _train_in(
     decided, differing = settle(training, decisions.read(like) if like else None)
     for line in differing:
         print(f"{like}: {line}; roundings will differ")
+    for line in auto.outlook(config, decided.device, decided.precision) if like is None else ():
+        print(line, flush=True)
     dataset = open_dataset(config.data, config.unet, progress)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, revision=dataset.revision))
     if dataset.skipped:

@@ -282,7 +282,7 @@ class Config:
     """Everything that decides what a run computes."""
 
     preset: str = "digits"
-    """What gives the other flags' defaults: digits, mnist, icons32, cifar10, cifar10-fast, church256 or celebahq256."""
+    """What gives other flags' defaults: digits, mnist, icons32, cifar10, cifar10-fast, church256, celebahq256, auto."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)

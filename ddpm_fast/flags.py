@@ -4,12 +4,13 @@ Imports nothing heavy, so that `ddpm-fast --help` answers at once.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import shlex
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ddpm_fast.config import Config
-from ddpm_fast.errors import require, require_known, require_object
+from ddpm_fast.errors import flag, require, require_known, require_object
 
 NO_FLAGS = "sampling"  # the part of a configuration whose fields no flag of train sets: they are a preset's
 
@@ -51,12 +52,13 @@ def with_flags(config: Config, flags: Mapping[str, Any]) -> Config:
     known = [f.name for part in parts.values() for f in dataclasses.fields(part)]
     require_known("keyword", flags, known)
     for owner, part in parts.items():
-        own = {f.name: _plain(flags[f.name]) for f in dataclasses.fields(part) if f.name in flags}
+        own = {f.name: plain(flags[f.name]) for f in dataclasses.fields(part) if f.name in flags}
         parts[owner] = dataclasses.replace(part, **own)
     return dataclasses.replace(config, **parts)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a keyword's value as the field holds it: a path as text, a list as a tuple, NumPy's number as Python's."""
     if isinstance(value, Path):
         return str(value)
     if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:  # one of NumPy's numbers
@@ -68,6 +70,28 @@ def changed_flags(base: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Return the fields that are flags in which two configurations differ, by name, with both values."""
     before, now = (_flat(to_dict(config)) for config in (base, other))
     return {name: (before[name], now[name]) for name in now if before[name] != now[name]}
+
+
+def command_line(config: Config, base: Config, always: Collection[str]) -> str:
+    """Return the command that trains a configuration, given that `base` is what its flags change.
+
+    Args:
+        config: what to train.
+        base: which has the same preset and sampler.
+        always: fields that are named even where they are as in the base.
+    """
+    named = {name for name in _flat(to_dict(config)) if name in always} | changed_flags(base, config).keys()
+    flags = [_as_typed(name, value) for name, value in _flat(to_dict(config)).items() if name in named]
+    return " ".join(["ddpm-fast train", *sorted(flags, key=lambda typed: not typed.startswith("--data"))])
+
+
+def _as_typed(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    if isinstance(value, tuple):
+        return " ".join([flag(name), *map(shlex.quote, map(str, value))])
+    text = shlex.quote(str(value))
+    return f"{flag(name)}={text}" if str(value).startswith("-") else f"{flag(name)} {text}"
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Imports nothing heavy, so that `ddpm-fast --help` answers at once.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from ddpm_fast.config import Config, Precision, SamplerConfig, SamplerName, Spacing
@@ -37,10 +37,48 @@ class StartOptions:
     """A run to judge this one by, evaluation by evaluation; flags left out come from its config.json."""
     until_decided: bool = False
     """Stop once the evaluation loss is certain to be lower or higher than that of --against."""
+    minutes: float = 0.0
+    """Time that a run planned by its images (--preset auto) may take; 0 is 60 minutes on a CPU and 240 on a GPU."""
+    dry_run: bool = False
+    """Say what would be trained, and how long it would take; write nothing."""
 
     def __post_init__(self) -> None:
         require_types(self)
         require(bool(self.against) or not self.until_decided, "--until-decided needs --against: name a run to judge by")
+        require(self.minutes >= 0, f"--minutes is {self.minutes:g}: it must not be negative")
+        planned_before = "--resume" if self.resume else "--against" if self.against else ""
+        require(
+            not (self.minutes and planned_before),
+            f"--minutes {self.minutes:g} plans a new run, but {planned_before} continues another's flags: name --steps",
+        )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user fixes of a plan (--preset auto), by the names of train's flags; None is for the plan to decide."""
+
+    image_channels: int | None = None
+    height: int | None = None
+    width: int | None = None
+    channels: int | None = None
+    channel_multipliers: tuple[int, ...] | None = None
+    res_blocks: int | None = None
+    attention_resolutions: tuple[int, ...] | None = None
+    groups: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    accumulate: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("device", "precision") or value is None:
+                continue
+            numbers = value if f.name in ("channel_multipliers", "attention_resolutions") else (value,)
+            whole = isinstance(numbers, tuple) and all(type(number) is int and number > 0 for number in numbers)
+            require(whole, f"{flag(f.name)} is {value!r}: it must be whole numbers of at least 1")
 
 
 @dataclass(frozen=True)

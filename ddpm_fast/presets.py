@@ -1,7 +1,7 @@
 """The presets: what a run is unless flags say otherwise."""
 
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, SamplerConfig, TrainingConfig, UNetConfig
-from ddpm_fast.errors import InputError, nearest
+from ddpm_fast.errors import InputError, nearest, require
 
 _PAPER_256 = UNetConfig(height=256, width=256, channel_multipliers=(1, 1, 2, 2, 4, 4))
 _FAST = DiffusionConfig(schedule="cosine", prediction="v", variance="small")
@@ -88,12 +88,38 @@ PRESETS: dict[str, Config] = {
 }
 
 
+AUTO = Config(
+    preset="auto",
+    diffusion=DiffusionConfig(schedule="cosine", prediction="v", variance="small"),
+    training=TrainingConfig(cooldown=0.5, timestep_density="laplace"),
+    sampling=SamplerConfig("dpm++", 20),
+)
+"""What all plans for the images of --data share, the recipe of `digits`; the rest is planned, see `runs.plan`."""
+
+
 def preset(name: str) -> Config:
     """Return the preset of that name.
 
     Raises:
         InputError: there is none; the nearest name is suggested.
     """
+    if name == AUTO.preset:
+        return AUTO
     if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}.{nearest(str(name), PRESETS)}")
+        known = [*PRESETS, AUTO.preset]
+        raise InputError(f"unknown preset {name!r}: the presets are {', '.join(known)}.{nearest(str(name), known)}")
     return PRESETS[name]
+
+
+def plans(preset: str | None, data: str, minutes: float) -> bool:
+    """Return whether a new run is planned by its images: where that is asked for, or they are given without a preset.
+
+    Raises:
+        InputError: a time is given for another preset's run, or there are no images.
+    """
+    if preset is not None and preset != AUTO.preset:
+        require(not minutes, f"--minutes {minutes:g} fits a plan to a time: leave --preset {preset} or --minutes out")
+        return False
+    asked = bool(preset or minutes)
+    require(bool(data) or not asked, "a run is planned by its images: name --data, a folder or a .npy/.npz file")
+    return asked or data not in ("", "digits")

@@ -77,8 +77,8 @@ def test_not_a_number_is_refused_in_every_float_field(cls):
 
 def test_the_help_names_every_preset():
     text = Path(config.__file__).read_text()
-    (sentence,) = [line for line in text.splitlines() if "What gives the other flags' defaults" in line]
-    assert re.findall(r"[\w-]+", sentence.partition(":")[2].replace(" or ", " ")) == list(PRESETS)
+    (sentence,) = [line for line in text.splitlines() if "What gives other flags' defaults" in line]
+    assert re.findall(r"[\w-]+", sentence.partition(":")[2].replace(" or ", " ")) == [*PRESETS, "auto"]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -9,9 +9,13 @@ from ddpm_fast.checks.results import report
 from ddpm_fast.checks.suite import check_run, report_kernels
 from ddpm_fast.config import CheckConfig, Config, with_training
 from ddpm_fast.data.dataset import open_dataset
+from ddpm_fast.data.survey import survey
 from ddpm_fast.engine.threads import choose_threads
 from ddpm_fast.options import StartOptions
+from ddpm_fast.presets import AUTO
 from ddpm_fast.runs import checkpoint
+from ddpm_fast.runs.auto import outlook
+from ddpm_fast.runs.decisions import settle
 from ddpm_fast.runs.device import prepare_device
 from ddpm_fast.runs.directory import where_data_is
 
@@ -22,7 +26,19 @@ def _progress() -> bool:
 
 def train(config: Config, start: StartOptions) -> int:
     """Check the mathematics, then train; returns the exit status."""
+    if start.dry_run:
+        return dry_run(config)
     train_config(config, start, _progress())
+    return 0
+
+
+def dry_run(config: Config) -> int:
+    """Say what would be trained, and how long it would take; returns the exit status."""
+    prepare_device(config.training.device, config.training.precision)
+    if config.preset != AUTO.preset:  # a plan has looked at the images
+        print(f"{config.data.data}: {survey(config.data)}")
+    decided, _ = settle(config.training, None)
+    print("\n".join(outlook(config, decided.device, decided.precision, full=True)))
     return 0
 
 

@@ -27,11 +27,12 @@ from ddpm_fast.cli.arguments import (
     TrainArguments,
 )
 from ddpm_fast.cli.config_file import reading_file
-from ddpm_fast.cli.parsing import BY_FLAGS, own_flags, parse, value_of
+from ddpm_fast.cli.parsing import BY_FLAGS, own_flags, parse, refuse_unknown, value_of
 from ddpm_fast.cli.waiting import wait_politely
+from ddpm_fast.config import Config, DataConfig
 from ddpm_fast.errors import InputError, MathematicsError, nearest
-from ddpm_fast.options import StartOptions
-from ddpm_fast.presets import preset
+from ddpm_fast.options import StartOptions, Wanted
+from ddpm_fast.presets import plans, preset
 from ddpm_fast.runs.signals import InterruptedRunError, Signals
 
 USAGE = """usage: ddpm-fast COMMAND [flags]
@@ -66,33 +67,47 @@ BROKEN_PIPE = 141
 
 @reading_file(TrainArguments)
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
-    """Parse train's flags over the preset's defaults, or over those of the run that is named for it."""
-    name, against = value_of("--preset", arguments), value_of("--against", arguments)
-    init = value_of("--init", arguments)
-    given = {argument.replace("_", "-") for argument in arguments}
-    if given & {"--resume", "--resume-or-start"} or against is not None or init:
-        from ddpm_fast.api import starting_config
-
-        out, either = value_of("--out", arguments) or "", "--resume-or-start" in given
-        start = StartOptions(out, "--resume" in given, either, against or "")
-        default = starting_config(name, start, init or "")
-    else:
-        default = preset(name or "digits")
+    """Parse train's flags over the preset's defaults, a plan's, or the run's that is continued or judged against."""
+    refuse_unknown(TrainArguments, arguments, "train")
+    default = _defaults(arguments, "train")
     return parse(TrainArguments, arguments, TrainArguments(config=default), "train")
 
 
 @reading_file(CheckArguments)
 def parse_check(arguments: Sequence[str]) -> CheckArguments:
-    """Parse check's flags over the preset's defaults.
+    """Parse check's flags over the preset's defaults, or a plan's.
 
     Raises:
         InputError: a run is named, and a flag that its own configuration decides.
     """
-    default = CheckArguments(config=preset(value_of("--preset", arguments) or "digits"))
-    asks = not {"-h", "--help"}.isdisjoint(arguments)
-    parsed = parse(CheckArguments, arguments, default.for_help() if asks else default, "check")
+    refuse_unknown(CheckArguments, arguments, "check")
+    default = CheckArguments(config=_defaults(arguments, "check"))
+    parsed = parse(CheckArguments, arguments, default.for_help() if _asks(arguments) else default, "check")
     parsed.require_own_flags(arguments)
     return parsed
+
+
+def _asks(arguments: Sequence[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def _defaults(arguments: Sequence[str], command: str) -> Config:
+    """Return the configuration that flags change."""
+    name = value_of("--preset", arguments)
+    given = [] if _asks(arguments) else arguments
+    start = StartOptions()
+    if command == "train":
+        start = parse(StartOptions, own_flags(StartOptions, given)[0], command=command)
+    data = value_of("--data", given) or ""
+    init = value_of("--init", given) or ""
+    another = start.resume or start.resume_or_start or start.against or init
+    if not (another or plans(name, data, start.minutes)):
+        return preset(name or "digits")
+    from ddpm_fast.api import starting_config
+
+    data_flags = parse(DataConfig, own_flags(DataConfig, given)[0], command=command)
+    wanted = parse(Wanted, own_flags(Wanted, given)[0], command=command)
+    return starting_config(name, start, data_flags, wanted, init)
 
 
 class Command(NamedTuple):

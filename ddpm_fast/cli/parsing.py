@@ -61,12 +61,11 @@ def _one_line(box: str) -> str:
     return message + nearest(choice[1], re.findall(r"'(.*?)'", choice[2])) if choice else message.replace("?.", "?")
 
 
-def parse(cls: type[T], arguments: Sequence[str], default: T | None = None, command: str = "") -> T:
-    """Parse flags into a dataclass.
+def refuse_unknown(cls: Any, arguments: Sequence[str], command: str) -> None:
+    """Refuse what is no flag of a dataclass, and suggest the nearest.
 
     Raises:
-        InputError: a flag or value is unknown; the nearest valid flag is suggested.
-        SystemExit: --help was asked for.
+        InputError: there is such a one.
     """
     flags = [*flags_of(cls), "--help"]
     known = [*flags, *(f"--no-{name[2:]}" for name in flags)]
@@ -74,6 +73,16 @@ def parse(cls: type[T], arguments: Sequence[str], default: T | None = None, comm
         name = argument.split("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
             raise InputError(f"unknown flag {name}.{nearest(name, known)} See ddpm-fast {command} --help")
+
+
+def parse(cls: type[T], arguments: Sequence[str], default: T | None = None, command: str = "") -> T:
+    """Parse flags into a dataclass.
+
+    Raises:
+        InputError: a flag or value is unknown; the nearest valid flag is suggested.
+        SystemExit: --help was asked for.
+    """
+    refuse_unknown(cls, arguments, command)
     options: dict[str, Any] = {} if default is None else {"default": default}
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     errors = io.StringIO()

@@ -66,19 +66,32 @@ def open_dataset(data: DataConfig, unet: UNetConfig, progress: bool = False) -> 
         raise InputError(
             f"--image-channels is {unet.image_channels}: images have 1 (grey), 2 (and alpha), 3 (RGB) or 4"
         )
-    if not data.data:
-        raise InputError(f"this preset has no data of its own: name --data, {WHAT}")
-    revision = ""
-    if data.data == "digits":
-        found = _digits(shape)
-    elif (name := hub_name(data.data)) and not _is_there(data.data):
-        require_extra(data.data, "huggingface_hub")
-        source, revision = hub_source(name, data, progress)
+    source, revision = pictures_of(data, progress)
+    if source is not None:
         found = open_pictures(source, shape, data.skip_bad, progress)
+    elif data.data == "digits":
+        found = _digits(shape)
     else:
-        found = _open_path(Path(data.data), shape, data, progress)
+        found = open_array(Path(data.data), shape, data.float_range, progress)
     labels = found.labels
     return Dataset(found.images, found.key, data.data, found.skipped, labels.values, labels.classes, revision)
+
+
+def pictures_of(data: DataConfig, progress: bool = False) -> tuple[Source | None, str]:
+    """Return the encoded pictures that --data names, and the commit of the hub's; None for the digits and for an array.
+
+    Raises:
+        InputError: there is none, it is of no kind that is read, or it holds no picture.
+    """
+    if not data.data:
+        raise InputError(f"this preset has no data of its own: name --data, {WHAT}")
+    if data.data == "digits":
+        return None, ""
+    if (name := hub_name(data.data)) and not _is_there(data.data):
+        require_extra(data.data, "huggingface_hub")
+        return hub_source(name, data, progress)
+    path = _readable(Path(data.data))
+    return (None if path.suffix.lower() in ARRAYS and path.is_file() else _source(path, data, progress)), ""
 
 
 def _is_there(data: str) -> bool:
@@ -87,16 +100,14 @@ def _is_there(data: str) -> bool:
     return False
 
 
-def _open_path(path: Path, shape: Shape, data: DataConfig, progress: bool) -> Decoded:
+def _readable(path: Path) -> Path:
     try:
         path.stat()
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise _missing(path, error) from None
     if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
         raise InputError(f"--data {path} cannot be read: no permission")
-    if path.suffix.lower() in ARRAYS and path.is_file():
-        return open_array(path, shape, data.float_range, progress)
-    return open_pictures(_source(path, data, progress), shape, data.skip_bad, progress)
+    return path
 
 
 def _source(path: Path, data: DataConfig, progress: bool) -> Source:

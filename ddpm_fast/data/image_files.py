@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+"""Modes with an alpha; a palette or grey may have one transparent value beside."""
 
 
 class Unusable(Exception):  # noqa: N818 - it is a finding, not an error
@@ -62,14 +64,14 @@ def decode(encoded: Path | bytes, shape: tuple[int, int, int]) -> Image.Image:
         raise Unusable(str(error) or type(error).__name__) from None
 
 
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Convert to L, LA, RGB or RGBA; 16-bit grey keeps its high byte, transparency is composited over white."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         # I;16 and I hold 16-bit samples, F usually 0..255 or 0..1.
         full = 65535 if image.mode.startswith("I") else 1.0 if values.max(initial=0) <= 1 else 255.0
         image = Image.fromarray(np.rint(values.clip(0, full) * (255 / full)).astype(np.uint8))
-    transparent = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    transparent = "transparency" in image.info or image.mode in TRANSPARENT
     if transparent and mode in ("L", "RGB"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -84,7 +86,7 @@ def fit(image: Image.Image | NDArray[np.uint8], shape: tuple[int, int, int]) -> 
         raise ValueError(f"images of {channels} channels: there must be 1 to 4")
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image, MODES[image.shape[-1]])
-    image = _to_mode(image, MODES[channels])
+    image = to_mode(image, MODES[channels])
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(height, width, channels)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ddpm_fast.config import Config
 from ddpm_fast.model.unet import UNet
-from ddpm_fast.presets import PRESETS
+from ddpm_fast.presets import AUTO, PRESETS
 from ddpm_fast.progress import LINE_SECONDS, duration, lines_wanted, say
 
 LEAST_SECONDS = 3.0
@@ -151,10 +151,13 @@ class TrainingProgress:
 
 
 def shorter_run(config: Config, seconds_per_step: float) -> str:
-    """Name a much shorter run in half a sentence, with its time at this run's FLOPs per second; "" if there is none."""
+    """Name a much shorter run in half a sentence, with its time at this run's FLOPs per second; "" if there is none.
+
+    A plan has the time that it was made for.
+    """
     short = PRESETS[SHORTER]
     seconds = seconds_per_step * _flop_per_step(short) / _flop_per_step(config) * short.training.steps
-    if seconds > seconds_per_step * config.training.steps / 5:
+    if config.preset == AUTO.preset or seconds > seconds_per_step * config.training.steps / 5:
         return ""
     return f"; --preset {SHORTER} takes about {duration(seconds)}"
 
