@@ -76,9 +76,12 @@ class Wanted:
             value = getattr(self, f.name)
             if f.name in ("device", "precision") or value is None:
                 continue
-            numbers = value if f.name in ("channel_multipliers", "attention_resolutions") else (value,)
-            whole = isinstance(numbers, tuple) and all(type(number) is int and number > 0 for number in numbers)
-            require(whole, f"{flag(f.name)} is {value!r}: it must be whole numbers of at least 1")
+            if f.name in ("channel_multipliers", "attention_resolutions"):
+                whole = isinstance(value, tuple) and all(type(number) is int for number in value)
+                require(whole, f"{flag(f.name)} is {value!r}: it must be whole numbers")
+            else:
+                require(type(value) is int, f"{flag(f.name)} is {value!r}: it must be a whole number")
+                require(value > 0, f"{flag(f.name)} is {value}: it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ runs/NAME/
   metrics.jsonl     one line per logging interval
   evaluation/       what the network was off at each address, see `evaluation`
   quality/          see `scores`
-  samples/          normalized and raw grids
+  samples/          normalized and raw grids; data.png, what the network is trained on
   checkpoints/      see `checkpoint`
   origin/           the code and the command that made it, see `origin`
   tensorboard/      the same metrics and grids for TensorBoard

@@ -32,6 +32,7 @@ from ddpm_fast.runs.guards import Guards
 from ddpm_fast.runs.previews import Previews
 from ddpm_fast.runs.progress import TrainingProgress
 from ddpm_fast.runs.saver import Saver
+from ddpm_fast.runs.sheet import write_sheet
 from ddpm_fast.runs.signals import InterruptedRunError, Signals
 
 
@@ -110,6 +111,7 @@ class Run:
         with self.signals, ExitStack() as opened:
             try:
                 origin.write(self.directory, trainer.step, trainer.device)
+                write_sheet(self.directory, self.config, self.dataset)
                 self.board = opened.enter_context(Board(self.directory, trainer.step))
                 opened.enter_context(self.progress)
                 opened.enter_context(self.saver)

@@ -110,7 +110,7 @@ def test_what_the_user_fixes_stays_and_the_rest_fits_it(wanted):
 def test_flags_that_cannot_go_together_are_refused_by_their_names():
     with pytest.raises(InputError, match=r"--channels 20.*--groups"):
         plan(FOLDERS["emoji"], MACHINES["8 GB"], DataConfig("x"), Wanted(channels=20, groups=32))
-    with pytest.raises(InputError, match="--height is 0: it must be whole numbers of at least 1"):
+    with pytest.raises(InputError, match="--height is 0: it must be at least 1"):
         Wanted(height=0)
 
 
