@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ddpm_fast.config import Config, TrainingConfig
-from ddpm_fast.errors import require, require_types
+from ddpm_fast.errors import flag, require, require_types
 from ddpm_fast.options import FileOptions, LoadOptions, SampleFormat, SamplingOptions, StartOptions
 from ddpm_fast.presets import PRESETS
 
@@ -95,6 +95,39 @@ class CheckedTraining(TrainingConfig):
     evaluate_every: tyro.conf.Suppress[int] = TrainingConfig.evaluate_every
     evaluate_count: tyro.conf.Suppress[int] = TrainingConfig.evaluate_count
     init: tyro.conf.Suppress[str] = TrainingConfig.init
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """Look at images before anything is trained on them: what they are, how they would be trained on, and a picture."""
+
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = ""
+    """What train's --data would name."""
+    image_channels: int = 0
+    """Channels of an image: 1 for grey, 3 for RGB, 4 for RGBA; 0 plans them, as the next two."""
+    height: int = 0
+    """Height of an image in pixels."""
+    width: int = 0
+    """Width of an image in pixels."""
+    image_column: str = ""
+    """Column of a .parquet, or ending in a .tar, that holds the images, where there are several."""
+    label_column: str = ""
+    """Column of a .parquet, or ending or key in a .tar, that says the class, where it is not called so."""
+    float_range: Literal["none", "0..1", "-1..1"] = "none"
+    """What floats in a .npy/.npz mean: the range that is mapped to black..white; uint8 needs none."""
+    minutes: float = 0.0
+    """Time that training may take; 0 is 60 minutes on a CPU and 240 on a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes an NVIDIA GPU if there is one."""
+    out: str = "data.png"
+    """Picture of the first images, as the network would see them; an earlier one is replaced, and no other file."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.data), "PATH is missing: name a folder of images, or what else train's --data takes")
+        for name in ("image_channels", "height", "width", "minutes"):
+            value = getattr(self, name)
+            require(value >= 0, f"{flag(name)} is {value:g}: it must not be negative")
+        require(self.out.endswith(".png"), f"--out {self.out} is no picture's name: let it end in .png")
 
 
 OF_A_RUN = ("--device", "--kernels", "--no-kernels", "--accept", "--strict", "--no-strict")

@@ -20,6 +20,7 @@ from ddpm_fast.cli.arguments import (
     CheckArguments,
     CompareArguments,
     ConvertArguments,
+    DataArguments,
     EvaluateArguments,
     ListArguments,
     SampleArguments,
@@ -40,6 +41,7 @@ USAGE = """usage: ddpm-fast COMMAND [flags]
 Train and sample denoising diffusion models (DDPM, Ho et al. 2020).
 
 commands:
+  data      look at images before training: sizes, classes, copies, how they would be trained on
   train     train a U-Net; with no flags: on built-in handwritten digits, in minutes on a CPU
   sample    make images from a run or a checkpoint
   evaluate  how good its samples are, beside the real images
@@ -122,6 +124,7 @@ class Command(NamedTuple):
 def commands() -> dict[str, Command]:
     """Return all commands, by their names."""
     return {
+        "data": Command(DataArguments, _data),
         "train": Command(TrainArguments, _train),
         "sample": Command(SampleArguments, _sample),
         "evaluate": Command(EvaluateArguments, _evaluate),
@@ -215,6 +218,13 @@ def _train(arguments: list[str]) -> int:
     from ddpm_fast.cli.commands import train
 
     return train(parsed.config, parsed.start)
+
+
+def _data(arguments: list[str]) -> int:
+    parsed = parse(DataArguments, arguments, command="data")
+    from ddpm_fast.cli.looking import look
+
+    return look(parsed)
 
 
 def _sample(arguments: list[str]) -> int:

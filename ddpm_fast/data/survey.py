@@ -102,12 +102,10 @@ def _range(values: Sequence[int]) -> tuple[int, int, int]:
 
 def _of_array(images: NDArray[np.uint8] | ArrayImages) -> Facts:
     count, height, width, channels = images.shape
-    grey, transparent = _look(
-        Image.fromarray(images[i] if channels > 1 else images[i, ..., 0], MODES[channels])
-        for i in spread(range(count), DECODED)
-    )
-    mode = ((MODES[channels], count),)
-    return Facts(count, (height,) * 3, (width,) * 3, min(height, width), grey, transparent, mode)
+    some = (images[i] for i in spread(range(count), DECODED))
+    grey, transparent = _look(Image.fromarray(x if channels > 1 else x[..., 0], MODES[channels]) for x in some)
+    sizes = (height, height, height), (width, width, width)
+    return Facts(count, *sizes, min(height, width), grey, transparent, ((MODES[channels], count),))
 
 
 def _some(contents: Contents, most: int) -> Iterator[Encoded]:

@@ -37,16 +37,17 @@ def this_machine(device: torch.device, precision: str) -> Machine:
     """Measure the device, in the U-Net's arithmetic; on a CPU also choose how many threads compute."""
     if device.type == "cpu":
         choose_threads()
-        return Machine("cpu", _cpu_memory(), measured_speed("cpu", "fp32"))
-    return Machine("cuda", torch.cuda.mem_get_info(device)[0], measured_speed("cuda", precision))
+        return Machine("cpu", _cpu_memory(), measured_speed("cpu", torch.float32))
+    free, _ = torch.cuda.mem_get_info(device)
+    return Machine("cuda", free, measured_speed("cuda", choose_dtype(precision, device)))
 
 
 @functools.cache
-def measured_speed(kind: Literal["cpu", "cuda"], precision: str) -> float:
+def measured_speed(kind: Literal["cpu", "cuda"], dtype: torch.dtype) -> float:
     """Measure, once in a process, the FLOP/s of a block like a U-Net's."""
     images, channels, size = BLOCKS[kind]
     device = torch.device(kind)
-    work = _block(images, channels, size, device, choose_dtype(precision, device))
+    work = _block(images, channels, size, device, dtype)
     flop = 3 * 2 * (2 * 9 * channels * channels * size * size * images)  # backwards costs twice as much as forwards
     return flop / _typical_seconds(work)
 

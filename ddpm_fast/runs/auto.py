@@ -1,10 +1,15 @@
 """What is said before a run: its plan as a line of flags, its time here, and whether its preset fits the images."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
 
 from ddpm_fast.config import Config, DataConfig, UNetConfig
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.data.survey import Facts, survey
+from ddpm_fast.engine.execution import choose_dtype
 from ddpm_fast.engine.speed import Machine, measured_speed, this_machine
 from ddpm_fast.flags import command_line
 from ddpm_fast.options import Wanted
@@ -14,6 +19,7 @@ from ddpm_fast.runs.cost import flop_per_image, seconds
 from ddpm_fast.runs.device import prepare_device
 from ddpm_fast.runs.plan import PLANNED, plan, remarks
 
+Kind = Literal["cpu", "cuda"]
 LONG_SECONDS = 3 * 3600.0
 """A preset's run that is expected to take longer says so before it starts."""
 QUICK_FLOP = 1e14
@@ -47,13 +53,13 @@ def line_of(config: Config) -> str:
     return command_line(config, AUTO, named)
 
 
-def expected_seconds(config: Config, kind: str, precision: str) -> float:
+def expected_seconds(config: Config, kind: Kind, precision: str) -> float:
     """Estimate the time of a run's steps on this machine."""
-    speed = measured_speed("cuda" if kind == "cuda" else "cpu", precision)
-    return seconds(config, Machine("cuda" if kind == "cuda" else "cpu", 0.0, speed))
+    dtype = choose_dtype(precision, torch.device(kind)) if kind == "cuda" else torch.float32
+    return seconds(config, Machine(kind, 0.0, measured_speed(kind, dtype)))
 
 
-def outlook(config: Config, kind: str, precision: str, full: bool = False) -> list[str]:
+def outlook(config: Config, kind: Kind, precision: str, full: bool = False) -> list[str]:
     """Return what is said before a new run: a plan and its time, or that a preset takes long or fits its images badly.
 
     Args:
@@ -77,8 +83,8 @@ def outlook(config: Config, kind: str, precision: str, full: bool = False) -> li
 
 def _is_own_data(config: Config) -> bool:
     usual = PRESETS.get(config.preset)
-    if usual is None or config.data.data in ("", "digits"):
-        return False
+    if usual is None or config.data.data == "digits" or not Path(config.data.data or "?").exists():
+        return False  # what lies on the hub is looked at by those who fetch it
     shapes = [(unet.image_channels, unet.height, unet.width) for unet in (usual.unet, config.unet)]
     return shapes[0] == shapes[1]  # another one is the user's own wish
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("tyro")
@@ -24,7 +25,7 @@ TINY = "--channels 8 --channel-multipliers 1 --steps 2 --batch-size 4 --sample-e
 def two_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let every machine be one of two cores, and runs/ lie in a directory of the test's own."""
     monkeypatch.setattr(auto, "this_machine", lambda device, precision: Machine("cpu", 6e9, TWO_CORES))
-    monkeypatch.setattr(auto, "measured_speed", lambda kind, precision: TWO_CORES)
+    monkeypatch.setattr(auto, "measured_speed", lambda kind, dtype: TWO_CORES)
     monkeypatch.chdir(tmp_path)
 
 
@@ -153,5 +154,5 @@ def test_the_speed_of_this_machine_is_measured_in_a_moment(monkeypatch):
     assert speed._typical_seconds(lambda: None, lambda: next(ticks) / 10) == pytest.approx(0.1)
     monkeypatch.setattr(speed, "BLOCKS", {"cpu": (1, 4, 4)})
     monkeypatch.setattr(speed, "SECONDS", 0.0)
-    measured = speed.measured_speed.__wrapped__("cpu", "fp32")
+    measured = speed.measured_speed.__wrapped__("cpu", torch.float32)
     assert 1e4 < measured < 1e13
