@@ -84,8 +84,11 @@ def test_a_folder_without_a_preset_is_planned_trained_and_never_planned_anew(pho
         "--channel-multipliers 1 --attention-resolutions --accept ema loss",
     ],
 )
-def test_the_line_that_is_said_gives_the_same_plan_on_any_machine(photos, flags, monkeypatch, capsys):
-    arguments = ["train", "--data", photos, *flags.split()]
+def test_the_line_that_is_said_gives_the_same_plan_on_any_machine(flags, monkeypatch, capsys):
+    images = np.zeros((2000, 48, 48, 3), dtype=np.uint8)
+    images[..., 0] = 200
+    np.save("my photos.npy", images)
+    arguments = ["train", "--data", "my photos.npy", *flags.split()]
     with pytest.raises(SystemExit) as stop:
         cli.main([*arguments, "--dry-run"])
     assert stop.value.code == 0
@@ -93,7 +96,8 @@ def test_the_line_that_is_said_gives_the_same_plan_on_any_machine(photos, flags,
     expected = planned(arguments)
     monkeypatch.setattr(auto, "this_machine", lambda device, precision: Machine("cuda", 80e9, 3e14))
     assert planned(pasted) == expected
-    assert {entry.name for entry in Path.cwd().iterdir()} == {"my photos"}
+    assert planned(arguments) != expected
+    assert {entry.name for entry in Path.cwd().iterdir()} == {"my photos.npy"}
 
 
 def test_built_in_digits_can_be_planned_too(capsys):
