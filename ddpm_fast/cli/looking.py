@@ -37,10 +37,10 @@ def look(arguments: DataArguments) -> int:
     columns = {name: getattr(arguments, name) for name in ("image_column", "label_column", "float_range")}
     data = DataConfig(arguments.data, skip_bad=True, **columns)
     facts = survey(data, all_sizes=True, progress=progress)
-    fixed = {name: getattr(arguments, name) or None for name in ("image_channels", "height", "width")}
+    shape = (arguments.image_channels or None, arguments.height or None, arguments.width or None)
     device = prepare_device(arguments.device, "auto")
     machine = this_machine(device, "auto")
-    config = plan(facts, machine, data, Wanted(device=arguments.device, **fixed), arguments.minutes)
+    config = plan(facts, machine, data, Wanted(*shape, device=arguments.device), arguments.minutes)
     dataset = open_dataset(data, config.unet, progress)
     for name, value in (*_what_it_is(facts), *_what_is_in_it(data, dataset)):
         print(f"{name:<10}  {value}")

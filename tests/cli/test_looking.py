@@ -1,6 +1,7 @@
 """`ddpm-fast data`: what it says of a folder, the picture that it draws, and what it refuses."""
 
 import shlex
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,16 @@ def test_a_grey_jpeg_in_colours_of_its_own_is_grey_and_one_coloured_file_of_many
     assert survey.survey(looking.DataConfig("photos")).grey
     Image.new("RGB", (30, 40), (200, 10, 10)).save("photos/9.jpg")
     assert not survey.survey(looking.DataConfig("photos")).grey
+
+
+def test_pictures_in_a_tar_are_looked_at_and_named_too(zoo, capsys):
+    with tarfile.open("zoo.tar", "w") as archive:
+        archive.add(zoo / "cats", "cats")
+    found = survey.survey(looking.DataConfig("zoo.tar"))
+    assert (found.count, found.side, found.modes) == (5, 20, (("RGB", 4),))
+    status, out, _ = run("data zoo.tar", capsys)
+    assert status == 0
+    assert "cats/broken.png" in out
 
 
 def test_a_large_folder_is_looked_at_in_part(monkeypatch):

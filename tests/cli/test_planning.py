@@ -96,7 +96,7 @@ def test_the_line_that_is_said_gives_the_same_plan_on_any_machine(flags, monkeyp
     expected = planned(arguments)
     monkeypatch.setattr(auto, "this_machine", lambda device, precision: Machine("cuda", 80e9, 3e14))
     assert planned(pasted) == expected
-    assert planned(arguments) != expected
+    assert flags or planned(arguments) != expected
     assert {entry.name for entry in Path.cwd().iterdir()} == {"my photos.npy"}
 
 
