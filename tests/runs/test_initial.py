@@ -102,7 +102,7 @@ def test_a_source_that_is_none_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         api.train(init=tmp_path / "none", progress=False)
     with pytest.raises(InputError, match="does not exist"):
-        api.starting_config(None, StartOptions(), str(tmp_path / "none"))
+        api.starting_config(None, StartOptions(), init=str(tmp_path / "none"))
 
 
 def test_the_command_line_takes_the_sources_network(source):
