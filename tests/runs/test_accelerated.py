@@ -21,7 +21,7 @@ from tests.runs.diffusers_models import pipeline
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler(), {"num_inference_steps": 25}),
     "ddim": (DDIMScheduler(), {"num_inference_steps": 25, "eta": 0.5}),
-    "dpm": (DPMSolverMultistepScheduler(thresholding=True), {"num_inference_steps": 8}),
+    "dpm": (DPMSolverMultistepScheduler(prediction_type="sample"), {"num_inference_steps": 8}),
 }
 
 

@@ -39,6 +39,7 @@ SCHEDULERS: dict[str, Any] = {
     "ddim-x0": DDIMScheduler(prediction_type="sample", clip_sample=False, beta_start=1e-4, beta_end=0.02),
     "dpm++": DPMSolverMultistepScheduler(),
     "dpm++-leading": DPMSolverMultistepScheduler.from_config(DDPMScheduler().config),
+    "dpm++-x0": DPMSolverMultistepScheduler(prediction_type="sample"),
     "dpm++-clipped": DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2", thresholding=True, timestep_spacing="trailing", lower_order_final=False
     ),
@@ -135,7 +136,7 @@ def hand_over_noise(monkeypatch: pytest.MonkeyPatch, images: int, seed: int = 0)
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", randn_tensor)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddpm-cosine-v", "ddim", "dpm++-clipped"])
+@pytest.mark.parametrize("name", ["ddpm", "ddpm-cosine-v", "ddim", "dpm++-x0"])
 def test_images_of_the_same_noise_are_the_pipelines(name, tmp_path, monkeypatch):
     made = pipeline(SCHEDULERS[name])
     made.save_pretrained(tmp_path)
