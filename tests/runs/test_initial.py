@@ -46,7 +46,7 @@ def config_of(source: Path, **flags: object) -> Config:
 
 
 def test_the_network_and_the_process_are_the_sources(source):
-    config = api.starting_config("mnist", StartOptions(), str(source))
+    config = api.starting_config("mnist", StartOptions(), init=str(source))
     assert (config.unet, config.diffusion, config.sampling) == (SOURCE.unet, SOURCE.diffusion, SOURCE.sampling)
     assert config.data == PRESETS["mnist"].data
     assert config.training == replace(PRESETS["mnist"].training, init=str(source))
