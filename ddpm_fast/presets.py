@@ -39,7 +39,7 @@ PRESETS: dict[str, Config] = {
         unet=UNetConfig(1, 28, 28, 16, (1, 2, 4), res_blocks=1, attention_resolutions=(), groups=8),
         diffusion=_FAST,
         training=_in_minutes(1000),
-        sampling=SamplerConfig("dpm++", 20),
+        sampling=SamplerConfig("dpm++", 10),
     ),
     # A thousand or two of small pictures in minutes: of 1,431 emoji it learns colours and outlines, and no details yet.
     # What it affords it spends at 4x4 and 8x8, where it costs least.
