@@ -111,14 +111,14 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, says, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_running_out_of_memory_is_one_line_that_names_the_knobs(trained, tmp_path, monkeypatch, capsys):
+def test_running_out_of_memory_is_one_line_once_one_image_is_too_many(trained, tmp_path, monkeypatch, capsys):
     def exhausted(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("ddpm_fast.engine.sampling.SamplingLoop.run", exhausted)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
     said = refused(f"sample {trained} --device cpu --batch-size 7 --out {tmp_path}", capsys)
-    assert "--batch-size 7" in said
+    assert "even for one image at a time" in said  # 7 were halved until there was one
     assert "--precision bf16" in said
 
 
