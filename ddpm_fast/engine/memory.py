@@ -21,7 +21,7 @@ WORDS = re.compile(
     re.I,
 )
 """What the messages have in common of PyTorch on CPUs and GPUs, of cuBLAS, cuDNN and C++; the last one is oneDNN's."""
-SMALLER = "take a smaller network (--channels, --res-blocks) or smaller images (--height, --width)"
+SMALLER = "take --precision bf16, a smaller network (--channels, --res-blocks) or smaller images (--height, --width)"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
