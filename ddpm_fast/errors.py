@@ -79,6 +79,11 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def printable(text: str) -> str:
+    """Return a text with a question mark in the place of each character that is not printed as one."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)

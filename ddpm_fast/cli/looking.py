@@ -13,7 +13,7 @@ from ddpm_fast.data.dataset import Dataset, open_dataset, pictures_of
 from ddpm_fast.data.duplicates import near_duplicates
 from ddpm_fast.data.survey import Facts, survey
 from ddpm_fast.engine.speed import this_machine
-from ddpm_fast.errors import InputError, require
+from ddpm_fast.errors import InputError, printable, require
 from ddpm_fast.files import require_writable
 from ddpm_fast.options import Wanted
 from ddpm_fast.runs.auto import outlook
@@ -126,7 +126,7 @@ def names_of(data: DataConfig, dataset: Dataset) -> list[str]:
         return [f"image {number}" for number in range(len(dataset))]
     contents = source.look()
     # As names are printed where pictures are left out.
-    names = ["".join(c if c.isprintable() else "?" for c in contents.name(i)) for i in range(contents.count)]
+    names = [printable(contents.name(i)) for i in range(contents.count)]
     names = [name for name in names if not any(line.startswith(f"{name} (") for line in dataset.skipped)]
     if len(names) != len(dataset):
         raise InputError(f"--data {data.data} was changed while it was read: try again")

@@ -31,7 +31,7 @@ from ddpm_fast.cli.config_file import reading_file
 from ddpm_fast.cli.parsing import BY_FLAGS, own_flags, parse, refuse_unknown, value_of
 from ddpm_fast.cli.waiting import wait_politely
 from ddpm_fast.config import Config, DataConfig
-from ddpm_fast.errors import InputError, MathematicsError, nearest
+from ddpm_fast.errors import InputError, MathematicsError, nearest, printable
 from ddpm_fast.options import StartOptions, Wanted
 from ddpm_fast.presets import plans, preset
 from ddpm_fast.runs.signals import InterruptedRunError, Signals
@@ -209,7 +209,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _say(message: object, status: int) -> int:
-    print(f"ddpm-fast: {message}", file=sys.stderr)
+    """Say it in one line, though a name in it may hold line breaks, a terminal's commands or bytes that are no text."""
+    print(f"ddpm-fast: {printable(str(message))}", file=sys.stderr)
     return status
 
 

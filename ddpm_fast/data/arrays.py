@@ -1,7 +1,6 @@
 """A .npy or .npz file to a store: shapes, dtypes and ranges, and never a pickle."""
 
 import contextlib
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +76,11 @@ def open_array(path: Path, shape: Shape, float_range: FloatRange, progress: bool
 
 def _load_images(path: Path) -> NDArray[Any]:
     with _readable(path):
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+        if path.suffix.lower() == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("an .npz file: call it so")
+            return array
         with np.load(path, allow_pickle=False) as archive:
             names = [name for name in archive.files if name not in (LABELS, CLASSES)]
             if len(names) != 1:
@@ -95,7 +97,7 @@ def read_labels(path: Path, count: int) -> Labels:
     Raises:
         InputError: it cannot be read, or is not one whole number per image.
     """
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         return NO_LABELS
     with _readable(path), np.load(path, allow_pickle=False) as archive:
         values = archive[LABELS] if LABELS in archive.files else None
@@ -115,12 +117,13 @@ def _readable(path: Path) -> Iterator[None]:
     """Turn what NumPy raises of a file that is no array, or a pickle, into one line."""
     try:
         yield
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # of damaged files NumPy, zipfile and the parser of headers raise whatever they meet
         if any(word in str(error) for word in ("pickle", "Python objects", "Object arrays")):
             raise InputError(f"--data {path} holds pickled objects, which are never loaded: save uint8") from None
-        raise InputError(f"--data {path} is empty, truncated or not an array file ({error})") from None
+        reason = str(error) or type(error).__name__
+        raise InputError(f"--data {path} is empty, truncated or not an array file ({reason})") from None
 
 
 def read_array(path: Path, float_range: FloatRange) -> ArrayImages:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ddpm_fast.data.image_files import Unusable, decode, fit
 from ddpm_fast.data.labels import NO_LABELS, Labels
 from ddpm_fast.data.store import STORE_VERSION, Shape, all_cores, build, cached, digest, read_back
-from ddpm_fast.errors import InputError, require
+from ddpm_fast.errors import InputError, printable, require
 from ddpm_fast.files import cache_directory, replace_file
 
 DECODER_VERSION = 2
@@ -132,7 +132,7 @@ def _decode_all(source: Source, key: str, shape: Shape, skip_bad: bool, progress
             raise InputError(f"--data {source.name} was changed while it was read: try again")
         lines = [f"{contents.name(i)} ({reason})" for i, reason in enumerate(reasons) if reason]
         # A name may hold line breaks, and bytes that are not text.
-        skipped.extend("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+        skipped.extend(printable(line) for line in lines)
         _refuse_unusable(source.name, skipped, len(reasons), skip_bad)
         usable.extend(i for i, reason in enumerate(reasons) if not reason)
         for row, origin in enumerate(usable if skipped else ()):

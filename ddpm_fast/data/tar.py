@@ -20,7 +20,7 @@ from ddpm_fast.data.folder import is_left_out
 from ddpm_fast.data.image_files import is_picture
 from ddpm_fast.data.labels import from_values
 from ddpm_fast.data.pictures import Contents, Encoded
-from ddpm_fast.errors import InputError, require
+from ddpm_fast.errors import InputError, printable, require
 
 AT_ONCE = 64
 CLASS, FACTS = "cls", "json"
@@ -125,7 +125,7 @@ def _members(file: Path, archive: tarfile.TarFile) -> Iterator[tuple[tarfile.Tar
     while (member := archive.next()) is not None:
         archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it would keep them all
         path = PurePosixPath(member.name)
-        shown = "".join(c if c.isprintable() else "?" for c in member.name)
+        shown = printable(member.name)
         climbs = path.is_absolute() or ".." in path.parts
         require(not climbs, f"--data {file} holds {shown}, a path that leads out of it: make it anew without")
         plain = member.isreg() and not member.issparse()

@@ -149,7 +149,7 @@ def _unsealed(data: bytes) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # the latter of a name that no file can have
         head = path.read_bytes()[:2]
         if head[:1] == b"\x80" or head == b"PK":
             return f"{path} is a pickle (a PyTorch .pt/.ckpt file): it could run any code, so it is never loaded"
@@ -210,8 +210,8 @@ def newest_first(
         damaged: gets a sentence about each that is passed over.
     """
     left, outdated = None, list[Checkpoint]()
-    with contextlib.suppress(OSError, UnicodeDecodeError, InputError):
-        left = read(run / "checkpoints" / (run / "checkpoints/latest").read_text().strip(), ())
+    with contextlib.suppress(OSError, ValueError):
+        left = read(run / "checkpoints" / Path((run / "checkpoints/latest").read_text().strip()).name, ())
     for step in steps_saved(run):
         try:
             found = read(path_of(run, step), parts)
