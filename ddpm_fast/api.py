@@ -24,7 +24,7 @@ from ddpm_fast.flags import plain, with_flags
 from ddpm_fast.options import LoadOptions, StartOptions, Wanted
 from ddpm_fast.presets import AUTO, plans
 from ddpm_fast.presets import preset as find_preset
-from ddpm_fast.runs import auto, checkpoint, decisions, evaluation, origin, scores
+from ddpm_fast.runs import auto, checkpoint, decisions, evaluation, fitting, origin, scores
 from ddpm_fast.runs.accelerated import AcceleratedPipeline
 from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run, what_will_differ
@@ -118,7 +118,7 @@ def train(
         until_decided: stop once the evaluation loss is certain to be lower or higher than that run's.
         minutes: that a planned run may take; 0 is an hour on a CPU, and four on a GPU.
         progress: show bars.
-        flags: any other flag of `ddpm-fast train`, by its Python name, as batch_size=64 or kernels=False.
+        flags: any other flag of `ddpm-fast train`, by its Python name, as kernels=False or batch_size=64, or "auto".
 
     Raises:
         InputError: a flag or value is refused, the data cannot be used, or the disk not be written.
@@ -129,9 +129,19 @@ def train(
     start = StartOptions(str(out or ""), resume, resume_or_start, str(against or ""), until_decided, minutes)
     with Signals():
         known = with_flags(AUTO, {name: value for name, value in flags.items() if name in _names(DataConfig)})
+        fits = flags.get("batch_size") == "auto"
+        flags = {name: value for name, value in flags.items() if not (fits and name == "batch_size")}
         wanted = Wanted(**{name: plain(value) for name, value in flags.items() if name in _names(Wanted)})
         config = with_flags(starting_config(preset, start, known.data, wanted, str(flags.get("init", ""))), flags)
-        return train_config(config, start, progress)
+        return train_config(with_auto_batch(config, start) if fits else config, start, progress)
+
+
+def with_auto_batch(config: Config, start: StartOptions) -> Config:
+    """Settle --batch-size auto: a plan has a number, as has a run that is continued or judged against."""
+    known = "the run" if _resumes(start) or start.against else "the plan" if config.preset == AUTO.preset else ""
+    if known:
+        print(f"--batch-size auto: {config.training.batch_size}, as {known} has it", flush=True)
+    return config if known else fitting.with_fitting_batch(config)
 
 
 def _names(part: type) -> list[str]:

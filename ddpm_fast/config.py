@@ -149,7 +149,7 @@ class TrainingConfig:
     steps: int = 800_000
     """Optimizer steps in all."""
     batch_size: int = 128
-    """Images per optimizer step."""
+    """Images per optimizer step; auto is as many as memory holds: up to 256 on a GPU, else at most the preset's."""
     accumulate: int = 1
     """Parts that a batch is split into, one after the other, to save memory; must divide --batch-size."""
     learning_rate: float = 2e-4

@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 import tyro
@@ -28,7 +29,7 @@ from ddpm_fast.cli.arguments import (
     TrainArguments,
 )
 from ddpm_fast.cli.config_file import reading_file
-from ddpm_fast.cli.parsing import BY_FLAGS, own_flags, parse, refuse_unknown, value_of
+from ddpm_fast.cli.parsing import BY_FLAGS, own_flags, parse, refuse_unknown, value_of, without
 from ddpm_fast.cli.waiting import wait_politely
 from ddpm_fast.config import Config, DataConfig
 from ddpm_fast.errors import InputError, MathematicsError, nearest, printable
@@ -63,6 +64,8 @@ _ddpm_fast() {
 }
 complete -o default -F _ddpm_fast ddpm-fast
 """
+FITTING = ("--batch-size", "auto")
+"""What memory decides, once all other flags are known."""
 BROKEN_PIPE = 141
 """The exit status of what is piped into `head` and has more to say: 128 + SIGPIPE, as of other programs."""
 
@@ -71,8 +74,9 @@ BROKEN_PIPE = 141
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
     """Parse train's flags over the preset's defaults, a plan's, or the run's that is continued or judged against."""
     refuse_unknown(TrainArguments, arguments, "train")
-    default = _defaults(arguments, "train")
-    return parse(TrainArguments, arguments, TrainArguments(config=default), "train")
+    flags = without(*FITTING, arguments)
+    parsed = parse(TrainArguments, flags, TrainArguments(config=_defaults(flags, "train")), "train")
+    return parsed if flags == arguments else replace(parsed, config=_with_fitting_batch(parsed.config, parsed.start))
 
 
 @reading_file(CheckArguments)
@@ -83,10 +87,17 @@ def parse_check(arguments: Sequence[str]) -> CheckArguments:
         InputError: a run is named, and a flag that its own configuration decides.
     """
     refuse_unknown(CheckArguments, arguments, "check")
-    default = CheckArguments(config=_defaults(arguments, "check"))
-    parsed = parse(CheckArguments, arguments, default.for_help() if _asks(arguments) else default, "check")
+    flags = without(*FITTING, arguments)
+    default = CheckArguments(config=_defaults(flags, "check"))
+    parsed = parse(CheckArguments, flags, default.for_help() if _asks(flags) else default, "check")
     parsed.require_own_flags(arguments)
-    return parsed
+    return parsed if flags == arguments else replace(parsed, config=_with_fitting_batch(parsed.config, StartOptions()))
+
+
+def _with_fitting_batch(config: Config, start: StartOptions) -> Config:
+    from ddpm_fast.api import with_auto_batch
+
+    return with_auto_batch(config, start)
 
 
 def _asks(arguments: Sequence[str]) -> bool:

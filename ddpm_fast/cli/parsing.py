@@ -107,6 +107,17 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
+def without(name: str, value: str, arguments: Sequence[str]) -> list[str]:
+    """Leave out a flag where it has this value, which its field cannot hold."""
+    kept = list[str]()
+    for argument in arguments:
+        if kept and argument == value and kept[-1].replace("_", "-") == name:
+            kept.pop()
+        elif argument.replace("_", "-") != f"{name}={value}":
+            kept.append(argument)
+    return kept
+
+
 def own_flags(cls: Any, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Part the flags of a dataclass, with their values, from all others."""
     own, others = list[str](), list[str]()

@@ -37,9 +37,13 @@ def this_machine(device: torch.device, precision: str) -> Machine:
     """Measure the device, in the U-Net's arithmetic; on a CPU also choose how many threads compute."""
     if device.type == "cpu":
         choose_threads()
-        return Machine("cpu", _cpu_memory(), measured_speed("cpu", torch.float32))
-    free, _ = torch.cuda.mem_get_info(device)
-    return Machine("cuda", free, measured_speed("cuda", choose_dtype(precision, device)))
+        return Machine("cpu", free_bytes(device), measured_speed("cpu", torch.float32))
+    return Machine("cuda", free_bytes(device), measured_speed("cuda", choose_dtype(precision, device)))
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return the bytes of a device's memory that are free."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _cpu_memory()
 
 
 @functools.cache
