@@ -2,6 +2,10 @@
 
 Files that the library `datasets` wrote say so in the schema's metadata; of others the columns' types and first values
 tell, or --image-column and --label-column do.
+
+Memory: pyarrow decodes a page at once, and a page may be all that a row group has of a column, as of the usual hundred
+pictures per row group. So two to three times the largest row group's pictures are held, and never more than one's: the
+files of the hub have 100 to 500 MB in each.
 """
 
 import bisect
@@ -20,9 +24,10 @@ from ddpm_fast.data.labels import NO_LABELS, Labels, from_values
 from ddpm_fast.data.pictures import Contents, Encoded
 from ddpm_fast.errors import InputError, nearest, require
 
-ROWS_AT_ONCE = 64
-BUFFER_BYTES = 1 << 20
-"""Of a row group so much is read at once."""
+ROWS_AT_ONCE, BYTES_AT_ONCE = 64, 32 << 20
+"""Of a row group so much is taken out of pyarrow at once: rows, or fewer where they have as many bytes."""
+READING = {"buffer_size": 1 << 20, "pre_buffer": False}
+"""Of a file a megabyte is read at once: pyarrow would hold a row group as it is, beside what it makes of it."""
 IMAGE_NAMES, LABEL_NAMES = ("image", "img"), ("label", "labels", "class", "fine_label")
 """What columns are called; the first of several that would do is meant."""
 
@@ -183,9 +188,27 @@ def _preferred(found: Sequence[str], names: Sequence[str]) -> str | None:
 def _batches(file: Path, column: str, rows: int) -> Iterator[list[Any]]:
     import pyarrow.parquet as pq
 
-    with _readable(file), pq.ParquetFile(file, buffer_size=BUFFER_BYTES) as opened:
+    with _readable(file), pq.ParquetFile(file, **READING) as opened:
+        rows = min(rows, max(1, int(BYTES_AT_ONCE / (_bytes_per_row(opened.metadata, column) or 1))))
         for batch in opened.iter_batches(batch_size=rows, columns=[column], use_threads=False):
             yield batch.column(0).to_pylist()
+
+
+def _bytes_per_row(metadata: Any, column: str) -> float:
+    """Return the mean bytes of a column in a row, in the row group where they are most."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    sizes = [
+        sum(
+            part.total_uncompressed_size for part in map(group.column, range(group.num_columns)) if _is_of(part, column)
+        )
+        / max(1, group.num_rows)
+        for group in groups
+    ]
+    return max(sizes, default=0.0)
+
+
+def _is_of(part: Any, column: str) -> bool:
+    return part.path_in_schema == column or part.path_in_schema.startswith(f"{column}.")
 
 
 def _bytes(value: Any) -> Encoded:

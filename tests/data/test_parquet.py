@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,23 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     with pytest.raises(InputError, match=r"pip install 'ddpm-fast\[hub\]'"):
         opened(tmp_path / "a.parquet")
+
+
+def test_no_more_is_held_than_three_times_a_row_group(tmp_path, monkeypatch):
+    """A picture's file may go on after its end, so that large files are soon decoded."""
+    monkeypatch.setattr(parquet, "BYTES_AT_ONCE", 1 << 20)
+    noise, group = np.random.default_rng(1), 40 * (200 << 10)
+    pictures = [{"bytes": encoded(PIXELS[i % 9]) + noise.bytes(200 << 10), "path": None} for i in range(120)]
+    file = write(tmp_path / "large.parquet", {"image": pictures}, rows=40)
+    del pictures
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        dataset = opened(file)
+        held = pool.max_memory() + tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    np.testing.assert_array_equal(dataset.images, PIXELS[np.arange(120) % 9])
+    assert held < 3 * group
