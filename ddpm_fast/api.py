@@ -16,6 +16,7 @@ from ddpm_fast.checks.results import report
 from ddpm_fast.checks.suite import check_run
 from ddpm_fast.config import Config, DataConfig
 from ddpm_fast.data.batches import split
+from ddpm_fast.data.conditions import class_labels, with_classes
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.engine.execution import set_deterministic
 from ddpm_fast.errors import MathematicsError, require
@@ -235,6 +236,8 @@ def _train_in(
         print(line, flush=True)
     dataset = open_dataset(config.data, config.unet, progress)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, revision=dataset.revision))
+    config = with_classes(config, dataset)
+    class_labels(config, dataset)  # what is wrong with them is said before anything is written
     if dataset.skipped:
         print(f"left out {len(dataset.skipped)} files that cannot be read (--skip-bad)")
     judge = None

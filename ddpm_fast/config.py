@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ddpm_fast.errors import flag, require, require_seed, require_types
+from ddpm_fast.stages import Stage
 
 Prediction = Literal["eps", "x0", "v"]
 Variance = Literal["small", "large"]
@@ -16,14 +17,6 @@ Details = Literal["paper", "diffusers"]
 TimestepDensity = Literal["uniform", "laplace"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
-# fmt: off
-Stage = Literal[
-    "data", "order", "timesteps", "flip", "noise", "schedule", "q_sample",  # up to x_t
-    "weights", "network", "dropout", "target", "loss", "gradient", "clipping", "optimizer", "ema", "fit",  # training
-    "sampler", "variance", "pixels", "checkpoint", "kernels", "configuration",  # sampling, and the whole
-]
-# fmt: on
-"""What is checked, in the order in which a run goes through it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +45,8 @@ class UNetConfig:
     """Channels per attention head; 0 is one head of all channels, as in the paper."""
     details: Details = "paper"
     """Padding, GroupNorm's epsilon and the time's sinusoids: the paper's, or those of diffusers' defaults."""
+    num_classes: int | Literal["auto"] = 0
+    """Classes that the U-Net is told images of, whose labels count from 0: auto counts the data's; 0 tells it none."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -63,11 +58,9 @@ class UNetConfig:
         require(min(self.channel_multipliers) > 0, f"--channel-multipliers {self.channel_multipliers} must be positive")
         step = 2 ** (levels - 1)
         for name, value in (("height", self.height), ("width", self.width)):
-            message = (
-                f"{flag(name)} {value} does not divide by {step}, which {levels} levels (--channel-multipliers) need: "
-            )
+            why = f"{flag(name)} {value} does not divide by {step}, which {levels} levels (--channel-multipliers) need"
             usable = max(step, round(value / step) * step)
-            require(value % step == 0, f"{message}use {usable}, or fewer multipliers")
+            require(value % step == 0, f"{why}: use {usable}, or fewer multipliers")
         for multiplier in self.channel_multipliers:
             width = self.channels * multiplier
             require(
@@ -86,6 +79,12 @@ class UNetConfig:
             width, attends = self.channels * multiplier, resolutions[level] in self.attention_resolutions
             message = f"{width} channels do not divide into heads of {self.head_channels}: change --head-channels"
             require(width % self.head_channels == 0 or not (attends or level == levels - 1), message)
+        require(self.num_classes == "auto" or self.num_classes >= 0, f"--num-classes is {self.num_classes}: negative")
+
+    @property
+    def classes(self) -> int:
+        """The number of classes: `data.conditions.with_classes` counts them for auto, which is a ValueError here."""
+        return int(self.num_classes)
 
 
 @dataclass(frozen=True)
@@ -166,6 +165,8 @@ class TrainingConfig:
     """Decay per step of the averaged weights; warmed up as min(decay, (1 + step) / (10 + step))."""
     min_snr_gamma: float = 0.0
     """Clamp of min-SNR loss weights (Hang et al. 2023), e.g. 5. 0 is the paper's unweighted loss."""
+    label_dropout: float = 0.1
+    """Share of examples, 0 to 1, that the U-Net is shown without their label, as --guidance needs it."""
     timestep_density: TimestepDensity = "uniform"
     """How t is drawn: each as often (the paper), or mostly where signal and noise are alike (Hang et al. 2025)."""
     seed: int = 0
@@ -222,6 +223,7 @@ class TrainingConfig:
         require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}: it must be positive")
         require(0 <= self.cooldown <= 1, f"--cooldown is {self.cooldown}: it must lie in [0, 1]")
         require(0 < self.adam_beta2 < 1, f"--adam-beta2 is {self.adam_beta2}: it must lie in (0, 1)")
+        require(0 <= self.label_dropout <= 1, f"--label-dropout is {self.label_dropout}: it must lie in [0, 1]")
         require(0 <= self.ema_decay < 1, f"--ema-decay is {self.ema_decay}: it must lie in [0, 1)")
         require_seed(self.seed)
 

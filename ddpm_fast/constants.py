@@ -15,6 +15,7 @@ class Stream(IntEnum):
     FLIP = 3
     DATA_ORDER = 4
     DROPOUT = 5
+    LABEL = 6
 
 
 CHANNEL_STEP = 256

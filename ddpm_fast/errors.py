@@ -5,7 +5,8 @@ import difflib
 import reprlib
 import sys
 from collections.abc import Collection, Iterable
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 MEANT = {
     "amp": "precision",
@@ -14,6 +15,13 @@ MEANT = {
     "beta-schedule": "schedule",
     "checkpoint-every": "save-every",
     "dim": "channels",
+    "cfg": "guidance",
+    "cfg-scale": "guidance",
+    "class": "label",
+    "class-dropout": "label-dropout",
+    "class-label": "label",
+    "classes": "num-classes",
+    "cond-drop-prob": "label-dropout",
     "dpm": "dpm++",
     "dpm-solver": "dpm++",
     "dpm-solver++": "dpm++",
@@ -30,8 +38,10 @@ MEANT = {
     "grad-accum": "accumulate",
     "gradient-accumulation-steps": "accumulate",
     "grad-clip": "clip-norm",
+    "guidance-scale": "guidance",
     "image-size": "height",
     "iterations": "steps",
+    "labels": "label",
     "lr": "learning-rate",
     "lr-warmup-steps": "warmup-steps",
     "max-grad-norm": "clip-norm",
@@ -40,6 +50,7 @@ MEANT = {
     "mixed-precision": "precision",
     "model-channels": "channels",
     "noise-schedule": "schedule",
+    "num-class-embeds": "num-classes",
     "num-channels": "channels",
     "num-images": "count",
     "num-inference-steps": "steps",
@@ -106,6 +117,11 @@ def require_types(part: Any) -> None:
         if get_origin(kind) is Annotated:
             kind = get_args(kind)[0]
         is_value = f"{flag(f.name)} is {reprlib.repr(value)}"
+        if get_origin(kind) in (Union, UnionType):  # of a number and words
+            kind, words = get_args(kind)
+            if isinstance(value, str):
+                require(value in get_args(words), f"{is_value}: it must be {_KINDS[kind]}, or {get_args(words)[0]}")
+                continue
         if get_origin(kind) is Literal:
             _require_choice(is_value, value, get_args(kind))
         elif get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal:

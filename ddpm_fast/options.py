@@ -104,9 +104,18 @@ class SamplingOptions:
     """Number of the first image, 0 to 2**32 - 1."""
     batch_size: int = 64
     """Largest number of images made at once."""
+    label: tuple[int, ...] = ()
+    """Labels of images 0, 1, ..., over and over, and -1 for one without; left out, a conditional U-Net's in turn."""
+    guidance: float = 1.0
+    """How strongly to guide, from 1, not at all: by the U-Net itself without the label, or by --guide."""
+    guide: str = ""
+    """A run or checkpoint, worse than this one, that is to guide it (autoguidance); needs --guidance."""
 
     def __post_init__(self) -> None:
         require_types(self)
+        require(self.guidance >= 0, f"--guidance is {self.guidance}: it must not be negative")
+        has_use = not self.guide or self.guidance != 1
+        require(has_use, f"--guide {self.guide} has no effect with a --guidance of 1: name one above it, e.g. 2")
         for name in ("eta", "spacing"):
             value, named = getattr(self, name), self.sampler != "auto"
             is_default = value == getattr(SamplerConfig, name)
@@ -126,6 +135,14 @@ class SamplingOptions:
         if self.sampler == "auto":
             return replace(own, steps=self.steps or min(own.steps or total, total))
         return SamplerConfig(self.sampler, self.steps or total, self.eta, self.spacing)
+
+    @property
+    def asked(self) -> str:
+        """What a directory's name says of labels and guidance, or "": two wishes that differ must not meet there."""
+        labels = "-label" + "_".join(map(str, self.label[:8])) if self.label else ""
+        labels += f"-and-{len(self.label) - 8}" if len(self.label) > 8 else ""
+        guide = f"-by-{self.guide.strip('/').replace('/', '-')}" if self.guide else ""
+        return labels + (f"-guidance{self.guidance:g}{guide}" if self.guidance != 1 else "")
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,19 @@
     sample_ddpm            goes back from noise to an image: Algorithm 2
     sample_ddim            does so in fewer steps, and with no fresh noise where eta is 0 (Song et al. 2021)
     sample_dpm_solver      does so in fewer still: DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095)
+    guided                 keeps them to a label (Ho and Salimans 2022), or from another's faults (Karras et al. 2024)
     main                   learns handwritten digits on a CPU in a minute or two: `python -m ddpm_fast.textbook`
 
 Equations, algorithms and sections are the paper's unless another is named. The code's t = 0..T-1 is the paper's t - 1;
 x_start is its x_0, an image in [-1, 1]; x_t is that image at timestep t; eps is standard normal noise.
 Shapes: N images, C channels, H x W pixels, T timesteps, K of them visited, E = 4 * channels in the time embedding.
 
-`random` is where random numbers come from: torch, or anything with functions like its randn, randint and rand. Given
-the engine's numbers, this file computes the engine's losses and images, and the tests hold the engine to it. What the
+`random` is where random numbers come from: torch, or whatever has its randn, randint, rand and bernoulli. Given the
+engine's numbers, this file computes the engine's losses and images, and the tests hold the engine to it. What the
 engine adds changes no formula: reading images, seeds, gradient accumulation, bfloat16, kernels, checkpoints.
 """
 
 import copy
-import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -35,7 +35,7 @@ def make_betas(config: DiffusionConfig) -> Tensor:
     if config.schedule == "linear":  # Section 4
         return torch.linspace(config.beta_start, config.beta_end, config.timesteps, dtype=torch.float64)
     u = torch.linspace(0, 1, config.timesteps + 1, dtype=torch.float64)
-    cosine = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # Nichol and Dhariwal 2021, Equation 17
+    cosine = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2  # Nichol and Dhariwal 2021, Equation 17
     sigmoid = torch.sigmoid(3 - 6 * u)  # Chen 2023, Algorithm 1, but for the scale, which cancels out
     alpha_bar = {"cosine": cosine, "sigmoid": sigmoid - sigmoid[-1]}[config.schedule]
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
@@ -65,8 +65,7 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
+        h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.conv_shortcut(x) + h
 
@@ -83,7 +82,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, H*W, C]
         q, k, v = self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)
-        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(x.shape[1]), dim=2)  # [N, H*W, H*W]
+        weights = torch.softmax(q @ k.transpose(1, 2) / x.shape[1] ** 0.5, dim=2)  # [N, H*W, H*W]
         return x + self.to_out(weights @ v).transpose(1, 2).reshape(x.shape)
 
 
@@ -108,6 +107,7 @@ class UNet(nn.Module):
         E, last = 4 * config.channels, len(widths) - 1
         linear_1, linear_2 = nn.Linear(config.channels, E), nn.Linear(E, E)
         self.time_embedding = nn.Sequential(OrderedDict(linear_1=linear_1, silu=nn.SiLU(), linear_2=linear_2))
+        self.class_embedding = nn.Embedding(config.classes + 1, E) if config.classes else None  # the last: no label
         self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
         self.down_blocks: Any = nn.ModuleList()
         skips = [widths[0]]  # channels of each tensor that the way down hands to the way up
@@ -138,21 +138,17 @@ class UNet(nn.Module):
                 near_zero = name.endswith(("conv2.weight", "to_out.0.weight", "conv_out.weight"))
                 nn.init.xavier_uniform_(parameter, gain=1e-5 if near_zero else 1.0)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict from x_t [N, C, H, W] and t [N]: [N, C, H, W]."""
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Predict from x_t [N, C, H, W], t [N] and, if it knows classes, labels [N]: [N, C, H, W]."""
         half, dtype = self.config.channels // 2, self.conv_in.weight.dtype
-        i = torch.arange(half, dtype=torch.float64, device=t.device)
-        angles = t[:, None] * torch.exp(-math.log(10000) * i / max(half - 1, 1))  # Vaswani et al. 2017, Section 3.5
+        angles = t[:, None] * torch.logspace(0, -4, half, dtype=torch.float64, device=t.device)  # Vaswani et al. 2017
         embedding = self.time_embedding(torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype))  # [N, E]
-        h = self.conv_in(x.to(dtype))  # from float64 in training
-        skips = [h]
+        embedding = embedding if self.class_embedding is None else embedding + self.class_embedding(labels)
+        skips = [h := self.conv_in(x.to(dtype))]  # from float64 in training
         for level in self.down_blocks:
             for block, attention in zip(level.resnets, level.attentions, strict=True):
-                h = attention(block(h, embedding))
-                skips.append(h)
-            for downsample in level.downsamplers:
-                h = downsample(h)
-                skips.append(h)
+                skips.append(h := attention(block(h, embedding)))
+            skips += [h := downsample(h) for downsample in level.downsamplers]
         for block, attention in zip(self.mid_block.resnets, self.mid_block.attentions, strict=True):
             h = attention(block(h, embedding))
         for level in self.up_blocks:
@@ -170,8 +166,8 @@ def laplace_shares(config: DiffusionConfig) -> Tensor:
     return 0.15 / config.timesteps + 0.85 * laplace / laplace.sum()  # some at both ends, too
 
 
-def training_loss(unet: nn.Module, images: Tensor, config: Config, random: Any = torch) -> Tensor:
-    """Return the loss of a batch of images [N, C, H, W] in 0..255: Algorithm 1, lines 2 to 5."""
+def training_loss(unet: nn.Module, images: Tensor, config: Config, random: Any = torch, *labels: Tensor) -> Tensor:
+    """Return the loss of images [N, C, H, W] in 0..255, and perhaps labels [N]: Algorithm 1, lines 2 to 5."""
     N, prediction, gamma = len(images), config.diffusion.prediction, config.training.min_snr_gamma
     x_start = images / 127.5 - 1
     if config.data.flip:
@@ -186,17 +182,19 @@ def training_loss(unet: nn.Module, images: Tensor, config: Config, random: Any =
     target = {"eps": eps, "x0": x_start, "v": v}[prediction]
     snr = alpha_bar / (1 - alpha_bar)  # min-SNR weights the error of x_start by min(snr, gamma): Hang et al. 2023
     weight = snr.clamp(max=gamma) / {"eps": snr, "x0": 1, "v": snr + 1}[prediction] if gamma > 0 else 1
-    return (weight * (target - unet(x_t, t)) ** 2).mean()  # line 5, Equation 14
+    p, none = torch.full((N,), config.training.label_dropout), config.unet.classes
+    told = [each.masked_fill(random.bernoulli(p).bool(), none) for each in labels]  # Ho and Salimans 2022, Algorithm 1
+    return (weight * (target - unet(x_t, t, *told)) ** 2).mean()  # line 5, Equation 14
 
 
 def train(
-    unet: nn.Module, ema: nn.Module, batches: Iterable[tuple[int, Tensor]], config: Config, random: Any = torch
+    unet: nn.Module, ema: nn.Module, batches: Iterable[tuple[Any, ...]], config: Config, random: Any = torch
 ) -> Iterator[float]:
-    """Train on batches numbered from 0, let ema follow, and yield each loss: Algorithm 1, settings of Appendix B."""
+    """Train on batches (number, images, labels), let ema follow, yield each loss: Algorithm 1, as in Appendix B."""
     training = config.training
     optimizer = torch.optim.Adam(unet.parameters(), betas=(0.9, training.adam_beta2))
-    for step, images in batches:
-        loss = training_loss(unet.train(), images, config, random)
+    for step, images, *labels in batches:
+        loss = training_loss(unet.train(), images, config, random, *labels)
         optimizer.zero_grad()
         loss.backward()
         if training.clip_norm > 0:
@@ -213,10 +211,14 @@ def train(
 
 def choose_timesteps(total: int, steps: int, spacing: Spacing) -> Tensor:
     """Choose which K = steps of T = total timesteps a sampler visits: [K], ascending (Lin et al. 2024, Table 2)."""
-    if spacing == "trailing":
-        return (total - torch.arange(steps).double() * (total / steps)).round().long().flip(0) - 1
+    trailing = (total - torch.arange(steps).double() * (total / steps)).round().long().flip(0) - 1
     linspace = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
-    return {"leading": torch.arange(steps) * (total // steps), "linspace": linspace}[spacing]
+    return {"trailing": trailing, "leading": torch.arange(steps) * (total // steps), "linspace": linspace}[spacing]
+
+
+def guided(own: Any, other: Any, strength: float) -> Any:
+    """Return a network that goes on from other, which is own without labels, or a worse one, through own and beyond."""
+    return lambda x_t, t: other(x_t, t) + strength * (own(x_t, t) - other(x_t, t))
 
 
 def predict(unet: nn.Module, x_t: Tensor, t: int, process: ForwardProcess) -> tuple[Tensor, Tensor]:
@@ -267,8 +269,7 @@ def sample_dpm_solver(unet: nn.Module, x: Tensor, process: ForwardProcess) -> Te
     for t in reversed(range(len(process.timesteps))):
         D = x_start = predict(unet, x, t, process)[0]
         if x_start_before is not None and t > 0:  # else first order: at the first step, and at the infinite one
-            r = h[t + 1] / h[t]
-            D = (1 + 1 / (2 * r)) * x_start - 1 / (2 * r) * x_start_before
+            D = x_start + h[t] / (2 * h[t + 1]) * (x_start - x_start_before)  # their r is h[t + 1] / h[t]
         x = sigma_prev[t] / sigma[t] * x - alpha_prev[t] * (torch.exp(-h[t]) - 1) * D
         x_start_before = x_start
     return x
@@ -282,18 +283,17 @@ def main() -> None:
     training = TrainingConfig(steps=800, batch_size=64, learning_rate=1e-3, warmup_steps=100, ema_decay=0.995)
     unet_config = UNetConfig(1, 8, 8, 32, (1, 2), res_blocks=1, attention_resolutions=(4,), groups=8)
     config = Config(unet=unet_config, diffusion=DiffusionConfig(schedule="cosine", variance="small"), training=training)
-    levels = torch.from_numpy(np.load(__file__.replace("textbook.py", "data/digits.npz"))["images"])  # of 0..16
-    digits = levels.double().view(-1, 1, 8, 8) * (255 / 16)
+    levels = np.load(__file__.replace("textbook.py", "data/digits.npz"))["images"]  # [N, 8, 8] of 0..16
+    digits = torch.from_numpy(levels[:, None] * (255 / 16))
     unet = UNet(unet_config)
     ema = copy.deepcopy(unet).eval()
     batches = enumerate(digits[torch.randint(len(digits), (training.batch_size,))] for _ in range(training.steps))
     for step, loss in enumerate(train(unet, ema, batches, config)):
-        if step % 100 == 0:
-            print(f"step {step} of {training.steps}: loss {loss:.3f}", flush=True)
+        print(f"\rstep {step + 1} of {training.steps}: loss {loss:.3f}", end="", flush=True)
     x = sample_ddpm(ema, torch.randn(64, 1, 8, 8), ForwardProcess(config.diffusion))
     grid = F.pad((x.clamp(-1, 1) + 1) * 127.5, (1, 1, 1, 1)).view(8, 8, 10, 10).transpose(1, 2).reshape(80, 80).byte()
     Image.fromarray(grid.numpy()).resize((640, 640), Image.Resampling.NEAREST).save("textbook-digits.png")
-    print("new digits: textbook-digits.png")
+    print("; new digits: textbook-digits.png")
 
 
 if __name__ == "__main__":

@@ -93,10 +93,10 @@ def test_every_field_survives_a_round_trip_when_it_is_not_the_default():
     how = ("laplace", 2**64 - 1, "cpu", "bf16", False, False, False, True)
     changed = Config(
         "mine",
-        UNetConfig(4, 24, 40, 48, (1, 2, 3), 3, (12, 6), 0.25, 16, 24, "diffusers"),
+        UNetConfig(4, 24, 40, 48, (1, 2, 3), 3, (12, 6), 0.25, 16, 24, "diffusers", 10),
         DiffusionConfig(77, "sigmoid", 0.001, 0.03, "v", "small", False),
         config.DataConfig("pictures", "0..1", True, True, 0.25, "scan", "kind", "8820dfd"),
-        TrainingConfig(7, 12, 3, 1e-3, 5, 0.2, 0.99, 0.5, 0.9, 5.0, *how, 3, 4, 0.5, 5, 6, 7, 8, 9, "runs/1"),
+        TrainingConfig(7, 12, 3, 1e-3, 5, 0.2, 0.99, 0.5, 0.9, 5.0, 0.3, *how, 3, 4, 0.5, 5, 6, 7, 8, 9, "runs/1"),
         config.CheckConfig(("ema", "sampler"), True),
         SamplerConfig("dpm++", 20, 0.5, "leading"),
     )

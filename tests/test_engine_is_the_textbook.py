@@ -27,7 +27,7 @@ from ddpm_fast.diffusion.noise import (
 from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import EAGER, Execution, can_compile_for_cpu, set_tf32
 from ddpm_fast.engine.sampling import ImageRange, SamplingLoop, sample
-from ddpm_fast.engine.trainer import Trainer
+from ddpm_fast.engine.trainer import BatchFunction, Trainer
 from ddpm_fast.ops import REFERENCE, fused_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,6 +55,9 @@ class TrainingNumbers:
 
     def randint(self, high: int, shape: tuple[int]) -> Tensor:
         return random_timesteps(self.address, high).view(shape)
+
+    def bernoulli(self, probabilities: Tensor) -> Tensor:  # of withholding a label
+        return (example_word(self.address, Stream.LABEL).double() / 2**32 < probabilities.double()).double()
 
     def randn(self, shape: tuple[int, int, int, int]) -> Tensor:
         return normal(self.address, 0, Stream.TRAINING, shape[1:], torch.float64)
@@ -123,9 +126,14 @@ def configuration(prediction: str, unet: UNetConfig = UNET, **changes: Any) -> C
     return Config(unet=unet, diffusion=diffusion, data=DataConfig(flip=True), training=replace(training, **changes))
 
 
+def batches_of(config: Config) -> BatchFunction:
+    """Return `batch`, with labels of 3 classes in no simple order for a conditional U-Net."""
+    return (lambda first, n: (*batch(first, n), batch(first, n)[1] ** 2 % 7 % 3)) if config.unet.classes else batch
+
+
 def engine(config: Config, kernels: bool = False, execution: Execution = EAGER) -> Trainer:
     set_tf32("fp32")
-    trainer, generator = Trainer(config, batch, DEVICE, execution), torch.Generator().manual_seed(0)
+    trainer, generator = Trainer(config, batches_of(config), DEVICE, execution), torch.Generator().manual_seed(0)
     trainer.unet.use(fused_ops() if kernels else REFERENCE)
     with torch.no_grad():
         for parameter in trainer.unet.parameters():
@@ -169,11 +177,11 @@ def assert_trains_as_the_textbook(trainer: Trainer, steps: int = 20, first_step:
     ema = textbook_unet(config.unet, trainer.ema, numbers)
     start, ema_start = flat(unet.state_dict()), flat(ema.state_dict())
 
-    def batches() -> Iterator[tuple[int, Tensor]]:
+    def batches() -> Iterator[tuple[Any, ...]]:
         for step in range(first_step, first_step + steps):
-            images, sample_index = batch(step * n, n)
+            images, sample_index, *labels = batches_of(config)(step * n, n)
             numbers.sample_index = sample_index.cpu()
-            yield step, images.cpu()
+            yield step, images.cpu(), *(each.cpu() for each in labels)
 
     for loss in textbook.train(unet, ema, batches(), config, numbers):
         trainer.train_step_no_sync()
@@ -231,10 +239,14 @@ def test_compiled_training_is_the_textbooks():
 def assert_samples_as_the_textbook(
     config: Config, sampler: SamplerConfig, kernels: bool = False, execution: Execution = EAGER
 ) -> None:
-    """Compare images, by their largest value."""
-    unet, diffusion = engine(config, kernels).unet, config.diffusion
-    images = sample(SamplingLoop(unet, sampler_table(diffusion, sampler), execution=execution), IMAGES).double()
+    unet, table = engine(config, kernels).unet, sampler_table(config.diffusion, sampler)
+    images = sample(SamplingLoop(unet, table, execution=execution), IMAGES)
     network = textbook_unet(config.unet, unet.state_dict(), TrainingNumbers(0)).eval()
+    assert_are_the_textbooks(images.double(), network, config.diffusion, sampler)
+
+
+def assert_are_the_textbooks(images: Tensor, network: Any, diffusion: DiffusionConfig, sampler: SamplerConfig) -> None:
+    """Compare images with those that the textbook makes by a network, by their largest value."""
     process = textbook.ForwardProcess(diffusion, visited(diffusion.timesteps, sampler))
     random = SamplingNumbers(IMAGES)
     x = random.randn(images.shape)

@@ -16,6 +16,7 @@ OURS = [*ENGINE, *KERNELS, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROO
 ROOMS = [
     "errors",
     "constants",
+    "stages",
     "config",
     "options",
     "presets",

@@ -30,7 +30,7 @@ def test_it_is_at_most_300_lines_and_imports_torch_and_the_configuration():
     source = Path(textbook.__file__).read_text()
     imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
-    standard = {"copy", "math", "collections", "collections.abc", "typing"}
+    standard = {"copy", "collections", "collections.abc", "typing"}
     assert names == {"torch", "torch.nn.functional", "ddpm_fast.config"} | standard
     assert len(source.splitlines()) <= 300
 

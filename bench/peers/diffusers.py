@@ -47,6 +47,7 @@ def unet(config: UNetConfig) -> nn.Module:
         dropout=config.dropout,
         attention_head_dim=config.head_channels or None,  # pyright: ignore[reportArgumentType]
         norm_num_groups=config.groups,
+        num_class_embeds=config.classes + 1 if config.classes else None,
     )
 
 

@@ -47,7 +47,7 @@ def _check_order(steps: list[TrainingStep]) -> CheckResult:
         n = step.config.training.batch_size
         first, used, given = step.number * n, *(step.joined("q_sample", name) for name in ("sample_index", "images"))
         numbered = torch.equal(used, torch.arange(first, first + n, device=used.device))
-        taken = [images for start, count, images, _ in step.batches if (start, count) == (first, n)]
+        taken = [images for start, count, images, *_ in step.batches if (start, count) == (first, n)]
         if not numbered or not taken or not (given.is_floating_point() or torch.equal(given, taken[0])):
             expected = f"examples {first} to {first + n - 1} in step {step.number}"
             found = f"{len(used)}, numbered from {int(used.min())} to {int(used.max())}"

@@ -36,7 +36,7 @@ def with_least_unet(config: Config, shape: tuple[int, int, int], more_seed: int 
     return with_training(replace(config, unet=unet), seed=seed, precision="fp32")
 
 
-def no_batch(first: int, n: int) -> tuple[Tensor, Tensor]:
+def no_batch(first: int, n: int) -> tuple[Tensor, ...]:
     """Stand in for data where none is read."""
     raise AssertionError("nothing is read here")
 
@@ -61,9 +61,10 @@ class _Listener:
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
         self.x_t = self.t = torch.empty(0)
+        self.options = dict[str, object]()
 
     def __call__(self, x_t: Tensor, t: Tensor, **options: object) -> Tensor:
-        self.x_t, self.t = x_t, t
+        self.x_t, self.t, self.options = x_t, t, options
         return torch.zeros_like(x_t)
 
 
@@ -96,6 +97,25 @@ class TrainingProbe:
         self.trainer.table = torch.tensor([row], device=device).repeat(self.rows, 1)
         images = image.to(device).permute(1, 2, 0).expand(count, -1, -1, -1).contiguous().permute(0, 3, 1, 2)
         return self.trainer._losses_of_batch(images, torch.arange(count, device=device))
+
+
+class LabelProbe:
+    """A conditional run's trainer with a listener for a network: what it is told of labels."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        small = with_training(with_least_unet(config, (1, 1, 1)), batch_size=1, accumulate=1)
+        small = replace(small, unet=replace(small.unet, num_classes=config.unet.classes))
+        self.trainer = Trainer(small, no_batch, device)
+        self.listener = _Listener(self.trainer.unet.ops)
+        self.trainer.flat.network = self.listener  # pyright: ignore[reportAttributeAccessIssue]
+        self.key = self.trainer.key
+
+    def draw(self, labels: Tensor) -> Tensor:
+        """Return what the network is told of examples 0..N-1 whose labels [N] these are."""
+        images = torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8, device=labels.device)
+        self.trainer._losses_of_batch(images, torch.arange(len(labels), device=labels.device), labels)
+        told = self.listener.options.get("labels")
+        return told if isinstance(told, Tensor) else torch.full_like(labels, -1)
 
 
 class SamplingProbe:

@@ -162,7 +162,7 @@ def _check_images(config: Config, dataset: Dataset, device: torch.device) -> Che
     source, numbers = _source(config, dataset, device), _source(config, _numbered(count), device)
     wrong = 0
     for first in (0, n, max(0, count - n // 2)):
-        images, sample_index = source.batch(first, n)
+        images, sample_index, *_ = source.batch(first, n)
         expected = torch.from_numpy(dataset.images[_visited(numbers, first, n, n).numpy()]).permute(0, 3, 1, 2)
         same = images.cpu() == expected if images.shape == expected.shape else torch.zeros(n, 1, 1, 1, dtype=torch.bool)
         wrong += int((~same.all(dim=(1, 2, 3))).sum())

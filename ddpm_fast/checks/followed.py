@@ -90,7 +90,11 @@ class FollowedUNet:
         x_t = (
             self.step.told(0, "x").to(self.dtype).requires_grad_()
         )  # behind a frozen layer PyTorch's GroupNorm needs this
-        return self.unet(x_t, self.step.told(1, "t"))
+        return self.unet(x_t, self.step.told(1, "t"), self._labels())
+
+    def _labels(self) -> Tensor | None:
+        """Return the labels that the network was told, [N], if it knows classes."""
+        return self.step.told(3, "labels") if self.unet.class_embedding is not None else None
 
     def gradients(self) -> dict[str, Tensor]:
         """Run, and return each parameter's gradient, given the engine's of the prediction."""
@@ -127,7 +131,10 @@ class FollowedUNet:
         shifts = [call.vectors() for call in self.step.modules[name]]
         if not isinstance(block, textbook.ResBlock) or embedding is None or not all(shifts):
             return False
-        expected = block.time_emb_proj(F.silu(embedding.to(self.dtype))) + block.conv1.bias
+        embedding = embedding.to(self.dtype)
+        if self.unet.class_embedding is not None:
+            embedding = embedding + self.unet.class_embedding(self._labels())
+        expected = block.time_emb_proj(F.silu(embedding)) + block.conv1.bias
         return distance(torch.cat([vectors[0] for vectors in shifts]), expected) > BLOCK_BOUND
 
     def _compare_input(self, name: str, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:

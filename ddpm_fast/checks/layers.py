@@ -145,10 +145,14 @@ def check_time_shifts(trainer: Trainer) -> Iterator[CheckResult]:
     except RuntimeError:
         return  # another network: said where the blocks are compared
     t = torch.arange(config.diffusion.timesteps, device=trainer.device)
-    embedding = F.silu(unet.time_embedding(_sinusoids(unet, t, config.unet.image_channels)))
+    embedding, labels = unet.time_embedding(_sinusoids(unet, t, config.unet.image_channels)), None
+    if unet.class_embedding is not None:
+        labels = t * 7 % (config.unet.classes + 1)  # each with t of its own, and none
+        embedding = embedding + unet.class_embedding(labels)
+    embedding = F.silu(embedding)
     blocks = [module for module in unet.modules() if isinstance(module, textbook.ResBlock)]
     expected = torch.cat([block.time_emb_proj(embedding) + block.conv1.bias for block in blocks], dim=1)  # [T, S]
-    found = trainer.unet.time_shifts(t)
+    found = trainer.unet.time_shifts(t, labels)
     name = "the network is told every timestep as the textbook's is"
     rounding = 64 * FLOAT32 + FLOAT32 * len(t)  # of angles up to T
     off = (found - expected).norm(dim=1) / expected.norm(dim=1) if found.shape == expected.shape else torch.ones(1)

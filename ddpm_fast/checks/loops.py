@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_fast.checks.labels import asked_of, predicted
 from ddpm_fast.checks.results import CheckResult, Verdict, judged
 from ddpm_fast.checks.tables import Given, name_of, next_of, rows_of, x0_of
 from ddpm_fast.config import DiffusionConfig, SamplerConfig
@@ -66,7 +67,7 @@ class Recorder:
     def __init__(self, loop: sampling.SamplingLoop) -> None:
         self.steps, self.functions = list[Step](), loop.functions
         self.given = (torch.empty(0), torch.empty(0))
-        loop.functions = sampling.StepFunctions(self.denoise, self.reverse_step)
+        loop.functions = loop.functions._replace(denoise=self.denoise, reverse_step=self.reverse_step)
 
     def denoise(self, x: Tensor, shifts: Tensor) -> Tensor:
         self.given = (x.clone(), shifts.clone())
@@ -105,8 +106,10 @@ def check_loop(
         dtype: of the U-Net's arithmetic in sampling.
         count: how many images.
     """
-    loop = sampling.SamplingLoop(network.unet, samplers.sampler_table(diffusion, sampler), dtype)
-    what, wanted = f"{name_of(sampler, loop.table)}{network.what}", replace(IMAGES, count=count)
+    table, unet = samplers.sampler_table(diffusion, sampler), network.unet
+    wanted = asked_of(unet, replace(IMAGES, count=count), guided=sampler.eta > 0 or sampler.sampler == "dpm++")
+    loop = sampling.SamplingLoop(unet, table, dtype, guide=unet if wanted.guidance != 1 else None)
+    what = f"{name_of(sampler, table)}{network.what}" + (", guided" if loop.guide else "")
     recorder, seen = Recorder(loop), list[Tensor]()
     made = images_of(loop, wanted, lambda k, x: seen.append(x.clone()))
     wrong = next(_faults_between(loop, recorder.steps, wanted), "") or _fault_of_results(recorder.steps, seen, made)
@@ -114,7 +117,7 @@ def check_loop(
     yield CheckResult("sampler", name, judged(not wrong), expected, wrong or expected, LOOP)
     steps = [step for step in recorder.steps if _is_moderate(step.x)]
     if steps:
-        yield _check_network(network.training, steps, what, dtype)
+        yield _check_network(network.training, steps, what, dtype, wanted)
         yield _check_reverse_steps(loop, steps, what)
     if made is None:
         name, found = f"{what}: images are finite", "infinite ones: 1 / sqrt(alpha_bar) is too large"
@@ -160,7 +163,8 @@ def _faults_between(loop: sampling.SamplingLoop, steps: list[Step], images: samp
             yield f"{where} has the noise of other images"
         if (step.x0_prev is None) == loop.table.multistep:
             yield f"{where} has {'no' if loop.table.multistep else 'an'} x0 of the step before"
-        if not _same(step.model_input, step.x.to(step.model_input.dtype)):
+        halves = len(step.model_input) // len(step.x)  # two: with and without label
+        if not _same(step.model_input, step.x.to(step.model_input.dtype).repeat(halves, 1, 1, 1)):
             yield f"{where} shows the network another x"
         if k > 0:
             yield from (f"{where} {fault}" for fault in _lost(steps[i - 1], step))
@@ -208,22 +212,27 @@ def without_dropout(unet: UNet, dtype: torch.dtype) -> UNet:
     return plain.train()
 
 
-def _check_network(training: UNet, steps: list[Step], what: str, dtype: torch.dtype) -> CheckResult:
-    """Check that the network gives what training's gives for the same x and the row's t, without dropout."""
+def _check_network(
+    training: UNet, steps: list[Step], what: str, dtype: torch.dtype, images: sampling.ImageRange
+) -> CheckResult:
+    """Check that the network gives what training's gives for the same x and the row's t, without dropout.
+
+    A conditional one for its images' labels, and guided as asked for.
+    """
     name = f"{what}: the network is training's"
     expected = "its output for the same x and the t of the row, without dropout"
-    allowed = tolerance(dtype)
+    allowed = tolerance(dtype) * (2 * images.guidance - 1)
     t = torch.stack([step.rows[step.number, SAMPLER_COLUMN.t] for step in steps]).long()
-    shifts, outputs = training.time_shifts(t), []
-    for step, at, shift in zip(steps, t, shifts, strict=True):
+    shifts = training.time_shifts(t)
+    for step, at, shift in zip(steps, t, shifts, strict=True) if not images.labels else ():
         off = relative(step.shifts, shift.expand_as(step.shifts))
         if off > allowed:
             found = f"another time embedding than that of t = {int(at)}: {off:.1e} off in row {step.number}"
             return CheckResult("network", name, judged(False), expected, found, NETWORK)
-        outputs.append(step.prediction)
-    x, size = torch.cat([step.model_input for step in steps]), len(steps[0].x)
-    truth = training(x, t.repeat_interleave(size)).split(size)
-    off = [relative(found, right) for found, right in zip(outputs, truth, strict=True)]
+    size, numbers = len(steps[0].x), torch.cat([step.sample_index for step in steps])
+    x = torch.cat([step.model_input[:size] for step in steps])
+    truth = predicted(training, x, t.repeat_interleave(size), numbers, images).split(size)
+    off = [relative(step.prediction, right) for step, right in zip(steps, truth, strict=True)]
     worst = max(range(len(steps)), key=lambda i: off[i])
     if allowed < off[worst] < MOST_ROUNDING and dtype == torch.float32:
         allowed += ROUNDINGS * _rounding_of(training, steps[worst], t[worst : worst + 1])
@@ -237,7 +246,7 @@ def _rounding_of(training: UNet, step: Step, t: Tensor) -> float:
     That is far where a group of a norm holds one number: it has no variance, so rounding is divided by sqrt(1e-6).
     """
     exact = copy.deepcopy(training).double().use(REFERENCE)
-    x, t = step.model_input, t.expand(len(step.x))
+    x, t = step.model_input[: len(step.x)], t.expand(len(step.x))
     return relative(training(x, t), exact(x.double(), t))
 
 

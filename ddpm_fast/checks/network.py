@@ -116,7 +116,7 @@ def _describe(name: str, followed: FollowedUNet, first: Difference, trainer: Tra
 def _compare_gradients(followed: FollowedUNet, exact: dict[str, Tensor]) -> CheckResult:
     """Compare each parameter's gradient, and name the first one that differs, from the end of the network on."""
     found, order = followed.step.gradients, list(dict.fromkeys(block for block, *_ in followed.differences))
-    blocks = {name: next(block for block in order if name.startswith(f"{block}.")) for name in exact}
+    blocks = {name: next((block for block in order if name.startswith(f"{block}.")), order[0]) for name in exact}
     scales = dict.fromkeys(blocks.values(), 0.0)
     for name, gradient in exact.items():  # a bias before a softmax, or a group of one channel, has a gradient of 0
         scales[blocks[name]] = max(scales[blocks[name]], _size(gradient))

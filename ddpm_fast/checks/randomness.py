@@ -106,7 +106,9 @@ def check_every_bit(device: torch.device) -> CheckResult:
         return noise.normal(address, step, stream, (2 * CHANNELS, height, width), torch.float64)
 
     drawn = torch.stack([draw(step, Stream.SAMPLING, 2, 3) for step in steps] + [draw(steps[0], Stream.TRAINING, 2, 3)])
-    words = torch.stack([noise.example_word(address, stream) for stream in (Stream.TIMESTEP, Stream.FLIP)])
+    words = torch.stack(
+        [noise.example_word(address, stream) for stream in (Stream.TIMESTEP, Stream.FLIP, Stream.LABEL)]
+    )
     keys = torch.stack([noise.key_from_seed(seed) for seed in (0, *(1 << bit for bit in range(64)))])
     in_one_row = draw(steps[0], Stream.TRAINING, 1, 6).reshape(-1, 2 * CHANNELS, 2, 3)
     wrong = {

@@ -58,8 +58,8 @@ class TrainingStep:
     config: Config
     before: State
     after: State = field(default_factory=dict)
-    batches: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
-    """Each batch taken: first example, how many, images [N, C, H, W], sample_index [N]."""
+    batches: list[tuple[Any, ...]] = field(default_factory=list)
+    """Each batch taken: first example, how many, images [N, C, H, W], sample_index [N], and any labels [N]."""
     ops: dict[str, list[Call]] = field(default_factory=partial(defaultdict, list))
     modules: dict[str, list[Call]] = field(default_factory=partial(defaultdict, list))
     """By name; the U-Net's own is empty."""
@@ -74,7 +74,7 @@ class TrainingStep:
 
     def pixels(self) -> Tensor:
         """Return the batch's images that q_sample was given, by their numbers: [N, C, H, W] uint8."""
-        _, _, images, numbers = self.batches[0]
+        _, _, images, numbers, *_ = self.batches[0]
         used = self.joined("q_sample", "sample_index")
         return images[(used[:, None] == numbers).int().argmax(1)]
 
@@ -152,10 +152,10 @@ def record_step(trainer: Trainer, number: int, updates: int, modules: tuple[str,
 def _recorded_batches(trainer: Trainer, step: TrainingStep) -> Iterator[None]:
     batch = trainer.batch
 
-    def recorded(first: int, n: int) -> tuple[Tensor, Tensor]:
-        images, sample_index = batch(first, n)
-        step.batches.append((first, n, images.clone(), sample_index.clone()))
-        return images, sample_index
+    def recorded(first: int, n: int) -> tuple[Tensor, ...]:
+        taken = batch(first, n)
+        step.batches.append((first, n, *(values.clone() for values in taken)))
+        return taken
 
     trainer.batch = recorded
     try:

@@ -20,11 +20,13 @@ from ddpm_fast.checks.results import CheckResult, Stage, judged
 from ddpm_fast.checks.stand_in import perturb
 from ddpm_fast.config import Config, SamplerConfig, SamplerName, with_training
 from ddpm_fast.data.batches import BatchSource
+from ddpm_fast.data.conditions import class_labels
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion import samplers
 from ddpm_fast.diffusion.noise import key_from_seed
 from ddpm_fast.engine import sampling
 from ddpm_fast.engine.execution import choose_dtype
+from ddpm_fast.engine.networks import sampling_copy
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
@@ -100,13 +102,14 @@ def _check_saved(config: Config, dataset: Dataset, directory: Path, device: torc
 def _numbered(config: Config) -> Dataset:
     """Return images that are each of one grey, another one for each."""
     shape = (IMAGES, config.unet.height, config.unet.width, config.unet.image_channels)
-    return Dataset(np.broadcast_to(np.arange(IMAGES, dtype=np.uint8).reshape(-1, 1, 1, 1), shape).copy(), "", "")
+    images = np.broadcast_to(np.arange(IMAGES, dtype=np.uint8).reshape(-1, 1, 1, 1), shape).copy()
+    return Dataset(images, "", "", labels=np.arange(IMAGES) % max(config.unet.classes, 1))
 
 
 def _check_order(config: Config, dataset: Dataset, trainer: Trainer) -> CheckResult:
     """Check that a run trains on the examples whose order was checked (`examples`): all but those held out."""
     key = key_from_seed(config.training.seed)
-    source = BatchSource(dataset, key, trainer.device, config.data.holdout)
+    source = BatchSource(dataset, key, trainer.device, config.data.holdout, class_labels(config, dataset))
     pairs = zip(trainer.batch(STEP, 2 * IMAGES), source.batch(STEP, 2 * IMAGES), strict=True)
     right = all(torch.equal(found, expected) for found, expected in pairs)
     name, expected = "a run trains on its examples", "those of its seed and hold-out"
@@ -144,7 +147,9 @@ def _equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
 def _wanted(config: Config, sampler: SamplerName = "ddim") -> SamplingOptions:
     """Return a wish in which nothing has its default; DDIM alone has an eta."""
     steps, eta = min(2, config.diffusion.timesteps), 0.5 if sampler == "ddim" else 0.0
-    where = {"count": 3, "seed": 2**32 + 5, "first_index": 17, "batch_size": BATCH}
+    where: dict[str, Any] = {"count": 3, "seed": 2**32 + 5, "first_index": 17, "batch_size": BATCH}
+    if config.unet.classes:
+        where |= {"label": (config.unet.classes - 1, 0), "guidance": 1.5 if config.training.label_dropout else 1.0}
     return SamplingOptions(sampler, steps, eta=eta, spacing="leading", **where)
 
 
@@ -162,8 +167,10 @@ def _images(
     """Make the images that a model with these weights should make."""
     unet, wanted = _unet_with(config, weights, device), _wanted(config, sampler)
     table = samplers.sampler_table(config.diffusion, SamplerConfig(sampler, wanted.steps, wanted.eta, wanted.spacing))
-    loop = sampling.SamplingLoop(unet, table, choose_dtype(config.training.precision, device))
-    return images_of(loop, sampling.ImageRange(wanted.seed, wanted.first_index, wanted.count))
+    guide = None if wanted.guidance == 1 else unet
+    loop = sampling.SamplingLoop(unet, table, choose_dtype(config.training.precision, device), guide=guide)
+    which = (wanted.seed, wanted.first_index, wanted.count)
+    return images_of(loop, sampling.ImageRange(*which, labels=wanted.label, guidance=wanted.guidance))
 
 
 def _check_models(config: Config, run: Path, images: Mapping[str, Tensor | None]) -> Iterator[CheckResult]:
@@ -233,7 +240,7 @@ def _check_previews(config: Config) -> CheckResult:
             previews.draw(1)
             assert previews.loop is not None
             unet = _unet_with(few, previews.trainer.ema, previews.trainer.device)
-            average = sampling.sampling_copy(unet, previews.loop.dtype)
+            average = sampling_copy(unet, previews.loop.dtype)
             same = _equal(dict(previews.loop.unet.named_parameters()), _copies(dict(average.named_parameters())))
             wrong += [] if same else [time]
     name, expected = "previews are drawn from the average", "the average of that moment"

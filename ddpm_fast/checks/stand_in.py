@@ -63,9 +63,9 @@ def small_trainer(config: Config, batch: BatchFunction, device: torch.device) ->
     config = with_training(config, batch_size=examples, accumulate=accumulate, precision="fp32")
     config = replace(config, unet=unet)
 
-    def cropped(first: int, n: int) -> tuple[Tensor, Tensor]:
-        images, sample_index = batch(first, n)
-        return images[:, :, : unet.height, : unet.width], sample_index
+    def cropped(first: int, n: int) -> tuple[Tensor, ...]:
+        images, *rest = batch(first, n)
+        return images[:, :, : unet.height, : unet.width], *rest
 
     return Trainer(config, cropped, device)
 
@@ -77,8 +77,9 @@ def perturb(unet: UNet, seed: int = 0) -> UNet:
     Each layer keeps the size of what passes through it, so that nothing overflows.
     """
     generator = torch.Generator().manual_seed(seed)
-    for parameter in unet.parameters():
+    for name, parameter in unet.named_parameters():
         spread = 0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
+        spread = 1.0 if name == "class_embedding.weight" else spread  # whose rows are what passes
         parameter.add_(spread * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     return unet
 

@@ -9,6 +9,7 @@ from ddpm_fast.checks.as_run import check_as_run
 from ddpm_fast.checks.configuration import check_configuration
 from ddpm_fast.checks.examples import check_examples
 from ddpm_fast.checks.kernels import check_kernels, kernel_table
+from ddpm_fast.checks.labels import check_labels
 from ddpm_fast.checks.pictures import check_pictures
 from ddpm_fast.checks.randomness import check_randomness
 from ddpm_fast.checks.results import CheckResult, accepting, judged, naming_errors
@@ -21,8 +22,8 @@ from ddpm_fast.checks.training import check_training
 from ddpm_fast.checks.weights import check_weights
 from ddpm_fast.config import Config
 from ddpm_fast.data.batches import BatchSource
+from ddpm_fast.data.conditions import batches_of
 from ddpm_fast.data.dataset import Dataset
-from ddpm_fast.diffusion.noise import key_from_seed
 from ddpm_fast.engine.execution import EAGER, choose_dtype, choose_execution
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.model.unet import UNet
@@ -51,8 +52,9 @@ def _all(
     yield from check_configuration(config)
     yield from naming_errors("data", "images are read", check_sources(config, dataset, full))
     yield from naming_errors("order", "examples are read", check_examples(config, dataset, device, full))
+    yield from naming_errors("labels", "labels are read", check_labels(config, dataset, device))
     yield from naming_errors("noise", "numbers are drawn", check_randomness(config, device, full))
-    source = BatchSource(dataset, key_from_seed(config.training.seed), device, config.data.holdout)
+    source = batches_of(config, dataset, device)
     computed = _check_network(config, source, device, found, full)
     yield from naming_errors("weights", "a U-Net and its trainer are built", computed)
     yield from naming_errors("pixels", "pictures are made", check_pictures(config.unet.image_channels))

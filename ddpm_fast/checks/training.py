@@ -12,6 +12,7 @@ from ddpm_fast.checks.batch import check_batch, check_x_t, what_q_sample_makes
 from ddpm_fast.checks.dropout import check_dropout
 from ddpm_fast.checks.fitting import check_fit
 from ddpm_fast.checks.followed import watched_modules
+from ddpm_fast.checks.labels import check_told
 from ddpm_fast.checks.layers import check_group_norm, check_time_shifts, check_upsampling
 from ddpm_fast.checks.loss import check_loss
 from ddpm_fast.checks.network import check_network
@@ -51,6 +52,7 @@ def _check_every_stage(trainer: Trainer, run: Config) -> Iterator[CheckResult]:
         return
     made = [what_q_sample_makes(trainer, step) for step in steps]
     yield from check_batch(trainer, steps, made)
+    yield from check_told(trainer, steps)
     yield from check_table(trainer)
     yield check_x_t(trainer, steps, made)
     yield from check_group_norm(trainer)

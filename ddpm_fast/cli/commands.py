@@ -8,6 +8,7 @@ from ddpm_fast.api import train_config
 from ddpm_fast.checks.results import report
 from ddpm_fast.checks.suite import check_run, report_kernels
 from ddpm_fast.config import CheckConfig, Config, with_training
+from ddpm_fast.data.conditions import with_classes
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.data.survey import survey
 from ddpm_fast.engine.threads import choose_threads
@@ -54,5 +55,6 @@ def check(config: Config, run: str) -> int:
     if device.type == "cpu":
         choose_threads()
     dataset = open_dataset(config.data, config.unet, progress=_progress())
+    config = with_classes(config, dataset)
     results = check_run(config, dataset, device, found, full=True)
     return report(results, full=True, strict=config.checks.strict) or report_kernels(config, device)

@@ -26,6 +26,8 @@ def convert(arguments: ConvertArguments) -> int:
     require_writable(dest.parent)
     part = "ema" if arguments.weights == "ema" else "model"
     found = diffusers_folder.resolve(source, (part,))
+    told = f"{source} is told labels (--num-classes {found.config.unet.classes}), which neither diffusers' pipelines"
+    require(not found.config.unet.classes, f"{told} nor an exported U-Net pass on: it cannot be converted")
     if dest.suffix in EXPORTS:
         from ddpm_fast.runs.exports import export
 

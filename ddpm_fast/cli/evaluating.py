@@ -12,12 +12,12 @@ from ddpm_fast.data.dataset import Dataset, open_dataset
 from ddpm_fast.engine.threads import choose_threads
 from ddpm_fast.errors import InputError
 from ddpm_fast.files import replace_file, require_writable
-from ddpm_fast.quality.evaluator import table
+from ddpm_fast.quality.evaluator import LEAST_BY_CLASS, table
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.directory import where_data_is
 from ddpm_fast.runs.grids import to_uint8
 from ddpm_fast.runs.samples import how
-from ddpm_fast.runs.scores import evaluator_of
+from ddpm_fast.runs.scores import asked_of, evaluator_of, labels_to_ask
 from ddpm_fast.runs.trained_model import Model
 
 
@@ -29,16 +29,27 @@ def evaluate(arguments: EvaluateArguments) -> int:
     if model.device.type == "cpu":
         choose_threads()
     sampler = arguments.sampler_for(model.config)
-    which = f"seed{arguments.seed}" + (f"-from{arguments.first_index}" if arguments.first_index else "")
+    labels = model.labels_for(arguments)
+    which = f"seed{arguments.seed}{arguments.asked}" + (
+        f"-from{arguments.first_index}" if arguments.first_index else ""
+    )
     name = f"step-{model.step:07d}-{how(model, sampler)}-{which}-{arguments.count}-images.json"
     file = model.home / "quality" / name
     require_writable(file.parent)
-    evaluator = evaluator_of(model.config, _real_images(arguments, model, progress), progress)
-    batches = [to_uint8(x) for _, x in model.batches(arguments, progress)]  # a quarter of the floats' memory
-    scores = evaluator.score(np.concatenate(batches))
+    dataset = _real_images(arguments, model, progress)
+    evaluator = evaluator_of(model.config, dataset, progress)
+    wanted = arguments
+    if labels and not arguments.label:  # as often as the real images have each
+        labels = labels_to_ask(model.config, dataset)
+        wanted = dataclasses.replace(arguments, label=labels)
+    batches = [to_uint8(x) for _, x in model.batches(wanted, progress)]  # a quarter of the floats' memory
+    numbers = range(arguments.first_index, arguments.first_index + arguments.count)
+    scores = evaluator.score(np.concatenate(batches), asked_of(labels, numbers))
     print("\n".join(table(scores, arguments.count)))
     if evaluator.missing:
         print(evaluator.missing)
+    elif labels and f"frechet_by_class_{arguments.count}" not in scores:
+        print(f"no distance by class: that takes more than {LEAST_BY_CLASS} samples and real images of each")
     asked = {name: value for name, value in dataclasses.asdict(arguments).items() if name not in ("run", "data")}
     facts = {
         "checkpoint": str(model.path),

@@ -22,6 +22,7 @@ REWORDED = [
     (r"^Missing value for argument '(\S+)'.*", r"\1 needs a value"),
     (r"^(\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2: it must be a whole number"),
     (r"^(\S+): could not convert string to float: (.*)", r"\1 is \2: it must be a number"),
+    (r"^(\S+): no type matching INT\|\{(\w+)\}.*\['(.*)'\]", r"\1 is '\3': it must be a whole number, or \2"),
     (r"^(\S+): Could not find valid parse for arguments: (.*)", r"\1 is \2: it must be whole numbers"),
     (r"^invalid choice (.*?) for argument '(\S+)'\. Expected one of \((.*)\)", r"\2 is \1: it must be one of \3"),
     (r"^Unrecognized options: (.*)", r"not understood: \1"),

@@ -6,7 +6,9 @@ Shapes: M images of the data set, N images of a batch, C channels, H x W pixels.
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_fast.data.dataset import Dataset
@@ -67,8 +69,22 @@ class ExampleOrder:
 class BatchSource:
     """Training batches on the device: the store moves there where it fits, else the next batch is copied ahead."""
 
-    def __init__(self, dataset: Dataset, key: Tensor, device: torch.device, holdout: float = 0) -> None:
-        """Take the data set, the seed's key [2], where batches are wanted, and the share of images that never come.
+    def __init__(
+        self,
+        dataset: Dataset,
+        key: Tensor,
+        device: torch.device,
+        holdout: float = 0,
+        labels: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Prepare the images, and their labels where a U-Net is told them.
+
+        Args:
+            dataset: whose images to take.
+            key: of the seed, [2].
+            device: where batches are wanted.
+            holdout: share of the images that never come.
+            labels: of all images of the data set, [M].
 
         Raises:
             InputError: nothing would be held out, or nothing would come.
@@ -86,14 +102,15 @@ class BatchSource:
         trained, held_out = split(len(dataset), holdout)
         self.rows = trained.to(self.store.device) if len(held_out) else None  # None: all, in their own order
         self.order = ExampleOrder(key.to(self.store.device), len(trained))
+        self.labels = None if labels is None else torch.from_numpy(labels).to(self.store.device)
 
     def _rows(self, first_example: int, n: int) -> Tensor:
         """Return where in the store the examples' images are: [n] int64."""
         indices = self.order.indices(first_example, n)
         return indices if self.rows is None else self.rows[indices]
 
-    def batch(self, first_example: int, n: int) -> tuple[Tensor, Tensor]:
-        """Return images [n, C, H, W] uint8, laid out as NHWC, and the examples' numbers [n] int64."""
+    def batch(self, first_example: int, n: int) -> tuple[Tensor, ...]:
+        """Return images [n, C, H, W] uint8, laid out as NHWC, the examples' numbers [n] int64, and any labels [n]."""
         indices = self._rows(first_example, n)
         if self.ahead is None:
             rows = self.store[indices]
@@ -101,7 +118,8 @@ class BatchSource:
             rows = self.ahead.take(indices)
             self.ahead.prepare(self._rows(first_example + n, n))
         numbers = torch.arange(first_example, first_example + n, device=self.device)
-        return rows.permute(0, 3, 1, 2), numbers
+        labels = () if self.labels is None else (self.labels[indices].to(self.device),)
+        return rows.permute(0, 3, 1, 2), numbers, *labels
 
 
 class CopyAhead:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast.constants import CHANNEL_STEP, Stream
+from ddpm_fast.constants import CHANNEL_STEP, Stream, drop_threshold
 
 MASK = 0xFFFFFFFF
 ROUNDS = 10
@@ -160,6 +160,11 @@ def random_timesteps(address: NoiseAddress, total: int, thresholds: Tensor | Non
 def random_flips(address: NoiseAddress) -> Tensor:
     """Decide with probability 1/2 for each training example whether it is mirrored: [N] bool."""
     return example_word(address, Stream.FLIP) >= 2**31
+
+
+def random_label_drops(address: NoiseAddress, probability: float) -> Tensor:
+    """Decide with that probability for each training example whether its label is withheld: [N] bool."""
+    return example_word(address, Stream.LABEL) < drop_threshold(probability)
 
 
 def permutation(key: Tensor, epoch: int, n: int) -> Tensor:

@@ -6,24 +6,23 @@ and any row of the table. A captured loop replays a graph of several steps; the 
 Shapes: N images, C channels, H x W pixels, K steps, S the U-Net's time shifts.
 """
 
-import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.constants import SAMPLER_COLUMN
+from ddpm_fast.diffusion.guidance import guided
 from ddpm_fast.diffusion.noise import NoiseAddress, key_from_seed
 from ddpm_fast.diffusion.samplers import Row, SamplerTable
-from ddpm_fast.engine.buffers import Buffers
+from ddpm_fast.engine.buffers import GUIDANCE, NOTHING, Buffers, Condition, ImageRange
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, InFlight, memory_of
 from ddpm_fast.engine.execution import EAGER, Execution
 from ddpm_fast.engine.memory import in_batches_that_fit
+from ddpm_fast.engine.networks import SampledNetwork, StepFunctions
 from ddpm_fast.errors import InputError, MathematicsError
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.progress import Progress, say
@@ -41,21 +40,6 @@ OnStep = Callable[[int, Tensor], None]
 OnProgress = Callable[[int], object]
 
 
-class StepFunctions(NamedTuple):
-    """What a step calls, compiled or not."""
-
-    denoise: Callable[[Tensor, Tensor], Tensor]
-    reverse_step: Callable[..., None]
-
-
-def sampling_copy(unet: UNet, dtype: torch.dtype) -> UNet:
-    """Return a copy of the U-Net to sample with: convolutions and products in `dtype`, norms' parameters in float32."""
-    unet = copy.deepcopy(unet).freeze()
-    for parameter in unet.low_precision_parameters().values():
-        parameter.data = parameter.data.to(dtype)
-    return unet
-
-
 class SamplingLoop:
     """A sampler's loop over one U-Net; what all batches share is computed once, and graphs are kept for reuse."""
 
@@ -67,6 +51,7 @@ class SamplingLoop:
         execution: Execution = EAGER,
         graphs: GraphBackend | None = None,
         graph_steps: int = GRAPH_STEPS,
+        guide: UNet | None = None,
     ) -> None:
         """Prepare the loop, on a copy of the U-Net.
 
@@ -77,17 +62,22 @@ class SamplingLoop:
             execution: how to run the steps.
             graphs: what captures them, CUDA graphs if left out.
             graph_steps: steps in the graph that is replayed as long as it fits.
+            guide: what it is guided by, if it is: another U-Net for the same images; or the same one, without label.
         """
         self.graph_steps = graph_steps
         self.table, self.dtype, self.execution = table, dtype, execution
         self.device = unet.conv_in.weight.device
-        self.unet = sampling_copy(unet, dtype)
         self.rows = table.rows.to(self.device, torch.float32)
-        self.time_shifts = self._compute_time_shifts(unet)
-        ops = self.unet.ops
-        self.eager = StepFunctions(self.unet.denoise, ops.reverse_step)
-        reverse_step = ops.reverse_step if ops.fused else execution.compile(ops.reverse_step)
-        self.functions = StepFunctions(execution.compile(self.unet.denoise), reverse_step)
+        t = self.rows[:, SAMPLER_COLUMN.t].contiguous()
+        self.network = SampledNetwork(unet, t, dtype)
+        self.guide = self.network if guide is unet else None if guide is None else SampledNetwork(guide, t, dtype)
+        self.unet, ops = self.network.unet, self.network.unet.ops
+        self.no_label = max(network.unet.config.classes for network in (self.network, self.guide or self.network))
+        by_guide = (self.guide or self.network).unet.denoise
+        self.eager = StepFunctions(self.unet.denoise, ops.reverse_step, by_guide, guided)
+        self.functions = StepFunctions._make(execution.compile(function) for function in self.eager)
+        if ops.fused:
+            self.functions = self.functions._replace(reverse_step=ops.reverse_step)
         self.graphs = graphs or (CudaGraphs(self.device) if execution.captured else None)
         self.graph_bytes = 0  # that captures took, all batch sizes together
         self.buffers_by_size: OrderedDict[int, Buffers] = OrderedDict()
@@ -110,23 +100,16 @@ class SamplingLoop:
             finally:
                 self._in_use = False
 
-    @torch.no_grad()
-    def _compute_time_shifts(self, unet: UNet) -> Tensor:
-        # t is known in advance, so the whole time-embedding path is computed once for all K rows, in float32.
-        return unet.time_shifts(self.rows[:, SAMPLER_COLUMN.t].contiguous()).to(self.dtype)
-
-    @torch.no_grad()
-    def load_weights(self, unet: UNet) -> None:
-        """Sample from another U-Net's weights from now on; what was compiled and captured stays valid."""
+    def load_weights(self, unet: UNet, guide: UNet | None = None) -> None:
+        """Sample from other weights from now on, the guide's too; what was compiled and captured stays valid."""
         with self._alone():
-            for own, new in zip(self.unet.parameters(), sampling_copy(unet, self.dtype).parameters(), strict=True):
-                own.copy_(new)
-            self.time_shifts.copy_(self._compute_time_shifts(unet))
+            self.network.load_weights(unet)
+            if self.guide is not None and guide is not None and self.guide is not self.network:
+                self.guide.load_weights(guide)
 
     def take_step(self, buffers: Buffers, functions: StepFunctions) -> None:
         """Take the step whose number lies in device memory, and advance that."""
-        shifts = self.time_shifts.index_select(0, buffers.step).expand(len(buffers.x), -1)
-        prediction = functions.denoise(buffers.model_input, shifts)
+        prediction = self._predict(buffers, functions)
         options = {"clip": self.table.clip, "noisy": self.table.noisy}
         noise = (self.rows, buffers.step, buffers.key, buffers.sample_index)
         functions.reverse_step(
@@ -134,12 +117,25 @@ class SamplingLoop:
         )
         buffers.step += 1
 
+    def _predict(self, buffers: Buffers, functions: StepFunctions) -> Tensor:
+        """Return what the U-Net predicts [N, C, H, W], guided if the loop is."""
+        x, step = buffers.model_input, buffers.step
+        if self.guide is self.network:  # with and without label, in one batch
+            labels = torch.cat([buffers.labels, buffers.no_labels])
+            own, other = functions.denoise(torch.cat([x, x]), self.network.shifts(step, labels)).chunk(2)
+            return functions.guided(own, other, buffers.guidance)
+        own = functions.denoise(x, self.network.shifts(step, buffers.labels))
+        if self.guide is None:
+            return own
+        other = functions.guide(x, self.guide.shifts(step, buffers.labels))
+        return functions.guided(own, other, buffers.guidance)
+
     def buffers(self, images: int) -> Buffers:
         """Return the tensors for batches of this size, and the graphs if steps are captured; made on first use."""
         if images not in self.buffers_by_size:
             while len(self.buffers_by_size) >= MOST_BUFFERS:
                 self.buffers_by_size.popitem(last=False)
-            buffers = Buffers(images, self.unet, self.table, self.dtype, self.device)
+            buffers = Buffers(images, self.unet, self.table, self.dtype, self.device, self.no_label)
             if self.graphs is not None:
                 self._capture(buffers, self.graphs)
             self.buffers_by_size[images] = buffers
@@ -182,6 +178,7 @@ class SamplingLoop:
         # How much the steps amplify a difference in the network's output: a lot when there are few.
         row = Row(*self.table.rows[first : first + steps].unbind(1))
         gain = row.next_from_prediction - row.next_from_x0 * row.x0_from_prediction
+        gain *= 1 if self.guide is None else 2 * GUIDANCE - 1
         allowed = DIFFERENCE[self.dtype] * max(1.0, float(gain.abs().sum()))
         difference = float((captured - eager).norm() / eager.norm())
         if not difference <= allowed:
@@ -191,7 +188,11 @@ class SamplingLoop:
             )
 
     def run(
-        self, address: NoiseAddress, on_step: OnStep | None = None, on_progress: OnProgress | None = None
+        self,
+        address: NoiseAddress,
+        on_step: OnStep | None = None,
+        on_progress: OnProgress | None = None,
+        condition: Condition = NOTHING,
     ) -> Tensor:
         """Sample one batch (Ho et al. 2020, Algorithm 2).
 
@@ -199,16 +200,20 @@ class SamplingLoop:
             address: key and image numbers [N], on the loop's device.
             on_step: called after each step with its number 0..K-1 and x; then steps are launched one by one.
             on_progress: called now and then with the number of steps that the device has done since the last call.
+            condition: what is asked of the images.
 
         Returns:
             [N, C, H, W] float32, a copy.
         """
         with self._alone(), torch.no_grad():
-            return self._run(address, on_step, on_progress)
+            return self._run(address, on_step, on_progress, condition)
 
-    def _run(self, address: NoiseAddress, on_step: OnStep | None, on_progress: OnProgress | None) -> Tensor:
+    def _run(
+        self, address: NoiseAddress, on_step: OnStep | None, on_progress: OnProgress | None, condition: Condition
+    ) -> Tensor:
         # x_T is pure noise: Algorithm 2, line 1.
         buffers = self.buffers(len(address.sample_index))
+        buffers.ask(condition)
         buffers.start(address)
         one_step = buffers.one_step or (lambda: self.take_step(buffers, self.functions))
         done, total, launched = 0, len(self.rows), InFlight(self.device, on_progress)
@@ -223,30 +228,6 @@ class SamplingLoop:
             done += steps
         launched.finish()
         return buffers.x.clone()
-
-
-@dataclass(frozen=True)
-class ImageRange:
-    """Which images to make: numbers first .. first + count - 1 of a seed."""
-
-    seed: int
-    first: int
-    count: int
-    done: Container[int] = ()
-    """Numbers that are there already: a batch of nothing else is left out, and the others stay as they were."""
-
-    def batches(self, largest: int) -> list[Tensor]:
-        """Split into batches of one size, at most `largest`; the last is padded by images past the end.
-
-        One size, because convolutions choose other algorithms at other shapes: bits stay equal in one shape.
-        """
-        number = -(-self.count // largest)
-        size = -(-self.count // number)
-        firsts = [first for first in range(self.first, self.first + self.count, size) if not self._is_done(first, size)]
-        return [first + torch.arange(size) for first in firsts]
-
-    def _is_done(self, first: int, size: int) -> bool:
-        return all(number in self.done for number in range(first, min(first + size, self.first + self.count)))
 
 
 def stream(
@@ -281,7 +262,8 @@ def stream(
             shown.advance(steps)
 
         def make(sample_index: Tensor) -> Tensor:
-            return loop.run(NoiseAddress(key, sample_index.to(loop.device)), on_step, advance).cpu()
+            address = NoiseAddress(key, sample_index.to(loop.device))
+            return loop.run(address, on_step, advance, images.condition(sample_index)).cpu()
 
         def take_less(left: int, size: int) -> None:
             loop.buffers_by_size.clear()

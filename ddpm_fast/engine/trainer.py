@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ddpm_fast.config import Config
 from ddpm_fast.constants import StepFigures, StepNumbers
-from ddpm_fast.diffusion.noise import KEY_INCREMENTS, NoiseAddress, key_from_seed, random_timesteps
+from ddpm_fast.diffusion.noise import (
+    KEY_INCREMENTS,
+    NoiseAddress,
+    key_from_seed,
+    random_label_drops,
+    random_timesteps,
+)
 from ddpm_fast.diffusion.schedule import TrainingTable, timestep_shares, timestep_thresholds, training_table
 from ddpm_fast.engine.cuda_graphs import CudaGraphs, GraphBackend, Work
 from ddpm_fast.engine.execution import EAGER, Execution, choose_dtype
@@ -22,8 +28,9 @@ from ddpm_fast.engine.inspection import X_T, FirstNotFinite, Largest, watched
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
 
-BatchFunction = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(first example, n) -> images [n, C, H, W] uint8 and sample_index [n] int64, on the device."""
+BatchFunction = Callable[[int, int], tuple[Tensor, ...]]
+"""(first example, n) -> images [n, C, H, W] uint8 and sample_index [n] int64, on the device, and their labels
+[n] int64 for a conditional U-Net."""
 
 WARM_UP_STEPS = 3
 """Steps of a run that are not captured yet: PyTorch's advice for graphs over several streams."""
@@ -93,36 +100,42 @@ class Trainer:
         self.images = torch.zeros(size, unet.height, unet.width, unet.image_channels, dtype=torch.uint8, device=device)
         self.images = self.images.permute(0, 3, 1, 2)
         self.sample_index = torch.zeros(size, dtype=torch.int64, device=device)
+        labels = (torch.zeros_like(self.sample_index),) if unet.classes else ()
+        self.loaded = (self.images, self.sample_index, *labels)
 
     def losses(self, first_example: int, n: int) -> Tensor:
         """Compute the weighted squared errors of n training examples, eagerly: [n] float32."""
         return self._losses_of_batch(*self.batch(first_example, n))
 
-    def _losses_of_batch(self, images: Tensor, sample_index: Tensor) -> Tensor:
+    def _losses_of_batch(self, images: Tensor, sample_index: Tensor, labels: Tensor | None = None) -> Tensor:
         """Compute the weighted squared errors of a batch: [N] float32 (Algorithm 1, line 5)."""
-        t = random_timesteps(NoiseAddress(self.key, sample_index), self.config.diffusion.timesteps, self.thresholds)
+        address = NoiseAddress(self.key, sample_index)
+        t = random_timesteps(address, self.config.diffusion.timesteps, self.thresholds)
+        if labels is not None:  # Ho and Salimans 2022, Algorithm 1: some are withheld, so that both can be predicted
+            dropped = random_label_drops(address, self.config.training.label_dropout)
+            labels = labels.masked_fill(dropped, self.config.unet.classes)
         network, flip = self.flat.network, self.config.data.flip
         example = (images, t, self.table, self.key, sample_index)
         x_t = network.ops.q_sample(*example, flip=flip, dtype=self.dtype)
-        prediction = network(x_t, t, dropout_address=NoiseAddress(self.key, sample_index))
+        prediction = network(x_t, t, dropout_address=address, labels=labels)
         return network.ops.noise_mse(prediction, *example, flip=flip)
 
-    def _loss_of_batch(self, images: Tensor, sample_index: Tensor) -> Tensor:
+    def _loss_of_batch(self, *batch: Tensor) -> Tensor:
         """Compute what a batch, or a part of one, adds to the batch's mean loss: [] float32."""
-        return self._losses_of_batch(images, sample_index).sum() / self.config.training.batch_size
+        return self._losses_of_batch(*batch).sum() / self.config.training.batch_size
 
     def load_batch(self) -> None:
         """Write this step's number and batch to where the step reads them."""
         self.numbers.step.fill_(self.step)
-        images, sample_index = self.batch(self.step * len(self.images), len(self.images))
-        self.images.copy_(images)
-        self.sample_index.copy_(sample_index)
+        batch = self.batch(self.step * len(self.images), len(self.images))
+        for place, values in zip(self.loaded, batch, strict=True):
+            place.copy_(values)
 
     def backward(self) -> Tensor:
         """Compute the loaded batch's loss [], and its gradients into `gradients`, part by part."""
         part, total = self.config.training.batch_size // self.accumulate, None
-        for images, sample_index in zip(self.images.split(part), self.sample_index.split(part), strict=True):
-            loss = self._compiled_loss(images, sample_index)
+        for batch in zip(*(values.split(part) for values in self.loaded), strict=True):
+            loss = self._compiled_loss(*batch)
             loss.backward()
             self.flat.collect_gradients(add=total is not None)
             total = loss.detach() if total is None else total + loss.detach()
@@ -211,7 +224,7 @@ class Trainer:
         With independent eps of variance 1 it is the mean over the drawn t of
         weight * (target_eps**2 + target_x_start**2 * E[x_start**2]).
         """
-        sample, _ = self.batch(0, images)
+        sample = self.batch(0, images)[0]
         mean_square = (sample.float() / 127.5 - 1).square().mean()
         row = TrainingTable(*self.table.unbind(1))
         shares = timestep_shares(self.config.diffusion, self.config.training.timestep_density).to(self.device)

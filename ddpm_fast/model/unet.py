@@ -43,8 +43,20 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoids.to(self.linear_1.weight.dtype))))
 
 
+class ClassEmbedding(nn.Embedding):
+    """A row for each class, and a last one for images that are shown without their label: [N] -> [N, D]."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__(classes + 1, width)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # As a product, whose gradient is one, too: that of a look-up is added up on a GPU in any order once compiled.
+        rows = torch.arange(self.num_embeddings, device=input.device)
+        return (input[:, None] == rows).to(self.weight.dtype) @ self.weight
+
+
 class UNet(nn.Module):
-    """Predicts noise, x0 or v from x_t and t."""
+    """Predicts noise, x0 or v from x_t and t, and a conditional one from each image's label, too."""
 
     def __init__(self, config: UNetConfig, forms: Forms | None = None) -> None:
         """Build the network with initial weights; `forms` are the defaults if left out."""
@@ -53,6 +65,7 @@ class UNet(nn.Module):
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = ConvBeforeNorm(config.image_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(config.channels)
+        self.class_embedding = ClassEmbedding(config.classes, 4 * config.channels) if config.classes else None
         down, skips = self._build_down(widths)
         self.down_blocks = LevelList(down)
         self.mid_block = MiddleBlock(
@@ -129,6 +142,8 @@ class UNet(nn.Module):
             if isinstance(module, Attention):
                 xavier_uniform(module.output, gain=0)
         xavier_uniform(self.conv_out, gain=0)
+        if self.class_embedding is not None:  # last: all else begins as without it
+            nn.init.xavier_uniform_(self.class_embedding.weight)
 
     def use(self, ops: Ops) -> "UNet":
         """Compute with these ops from now on; training and sampling take theirs from here, too."""
@@ -159,8 +174,11 @@ class UNet(nn.Module):
                 module.leave_sums()
         return self.requires_grad_(False).eval()
 
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Compute the embedding of timesteps t [N]: [N, D]."""
+        return self.time_embedding(self._sinusoids(t))
+
     def _sinusoids(self, t: Tensor) -> Tensor:
-        """Embed timesteps [N]: [N, channels]."""
         channels = self.config.channels
         if self.config.details == "paper":
             return self.ops.timestep_embedding(t, channels)
@@ -168,28 +186,45 @@ class UNet(nn.Module):
         sines, cosines = self.ops.timestep_embedding(t, channels + 2).chunk(2, dim=1)
         return torch.cat([cosines[:, :-1], sines[:, :-1]], dim=1)
 
-    def time_shifts(self, t: Tensor) -> Tensor:
+    def embed(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Compute the embedding of timesteps t [N] and labels [N] int64: [N, D].
+
+        The label of the number of classes is that of an image without one, as are all if `labels` is left out.
+        """
+        embedding = self.embed_time(t)
+        if self.class_embedding is None:
+            return embedding
+        labels = torch.full_like(t, self.config.classes, dtype=torch.int64) if labels is None else labels
+        return embedding + self.class_embedding(labels).to(embedding.dtype)
+
+    def projection(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what makes all blocks' shifts of an embedding: weight [S, D], its bias, and the convolutions' [S]."""
+        blocks = self.res_blocks()
+        weight = torch.cat([block.time_emb_proj.weight for block in blocks])
+        bias = torch.cat([block.time_emb_proj.bias for block in blocks])
+        return weight, bias, torch.cat([block.conv1.bias for block in blocks if block.conv1.bias is not None])
+
+    def time_shifts(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Compute what every ResBlock adds to its first convolution's output for timestep t; once for all steps.
 
-        That is the time embedding's projection and the convolution's own bias.
+        That is the embedding's projection and the convolution's own bias.
 
         Args:
             t: [N] timesteps.
+            labels: [N] int64, see `embed`.
 
         Returns:
             [N, S], the blocks' shifts side by side in forward order.
         """
-        blocks = self.res_blocks()
-        embedding = self.time_embedding(self._sinusoids(t))
-        weight = torch.cat([block.time_emb_proj.weight for block in blocks])
-        bias = torch.cat([block.time_emb_proj.bias for block in blocks])
-        conv_bias = torch.cat([block.conv1.bias for block in blocks if block.conv1.bias is not None])
+        weight, bias, conv_bias = self.projection()
         # Added to the product, not to its bias: that may be in lower precision, and this is float32 always.
-        return F.linear(F.silu(embedding), weight, bias) + conv_bias
+        return F.linear(F.silu(self.embed(t, labels)), weight, bias) + conv_bias
 
-    def forward(self, x: Tensor, t: Tensor, dropout_address: NoiseAddress | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, dropout_address: NoiseAddress | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Predict from x_t [N, C, H, W] at timesteps t [N]; without a dropout_address nothing is dropped."""
-        return self.denoise(x, self.time_shifts(t), dropout_address)
+        return self.denoise(x, self.time_shifts(t, labels), dropout_address)
 
     def denoise(self, x: Tensor, time_shifts: Tensor, dropout_address: NoiseAddress | None = None) -> Tensor:
         """Predict from x_t [N, C, H, W] and the `time_shifts` [N, S] of its timesteps: [N, C, H, W]."""

@@ -5,6 +5,8 @@
 | frechet_pixels | how far the samples' first two moments are from the real images', see `frechet` | near the real |
 | frechet_features | the same of the features that a classifier tells the classes by | near the real |
 | precision, recall | the share of samples among the real images, and of those among the samples, see `manifold` | 1 |
+| frechet_by_class | frechet_features of each class's samples from its own real images, averaged over classes | 0 |
+| label_agreement | the share of samples that the classifier takes for what was asked for | the classifier's accuracy |
 | confident | the share of samples that the classifier is at least 90% sure of | the real images' |
 | class_balance | total variation distance of the samples' classes from the labels' | 0 |
 | nearest_training | the median distance to the nearest training image, see `neighbours` | not under the real |
@@ -26,12 +28,15 @@ from ddpm_fast.quality.frechet import Gaussian, PixelSpace, frechet_distance, ga
 from ddpm_fast.quality.manifold import precision_and_recall, squared_radii
 from ddpm_fast.quality.neighbours import nearest_distances
 
-MEASURES = ("frechet_pixels", "frechet_features", "precision", "recall", "confident", "class_balance")
+MEASURES = ("frechet_pixels", "frechet_features", "frechet_by_class", "label_agreement", "precision", "recall")
+MEASURES += ("confident", "class_balance")
 MEASURES += ("nearest_training",)
 CONFIDENT = 0.9
 """Least probability of the likeliest class."""
 REAL_ASKED = 1000
 """Real images at most, evenly chosen, whose own distance to the nearest training image is measured."""
+LEAST_BY_CLASS = 64
+"""Samples and real images of each class that its distance is not measured of: as many as there are features."""
 SEED = 0x68616C66
 """Of the halves that real images are split into."""
 
@@ -65,13 +70,17 @@ class Evaluator:
         self.images, self.progress, self._fingerprint = images, progress, fingerprint
         self.held_out = held_out if held_out is not None and len(held_out) >= 2 else None
         names, classes = np.unique(labels, return_inverse=True) if labels is not None else (np.empty(0), None)
-        self._classes = classes if len(names) > 1 else None
+        self._classes, self._names = classes if len(names) > 1 else None, names
         kinds = "have no labels" if labels is None else "are all of one class"
         self.missing = "" if self._classes is not None else f"the images {kinds}: no classifier can judge the samples"
         """Why the measures that need a classifier are left out, or ""."""
 
-    def score(self, samples: Images) -> dict[str, float]:
+    def score(self, samples: Images, asked: NDArray[np.int64] | None = None) -> dict[str, float]:
         """Return each measure of samples [N, H, W, C], and what it is of real images.
+
+        Args:
+            samples: to judge.
+            asked: the labels that they were made for, [N]; None where they were made for none.
 
         The names are MEASURE_N; of real images MEASURE_real_COUNT: held-out ones where there are some, else one half
         against the other (the classifier's of those that it was not trained on); nearest_training_held_out, or
@@ -90,6 +99,8 @@ class Evaluator:
             among = precision_and_recall(features, self._features, self._radii)
             scores[f"frechet_features_{count}"] = frechet_distance(gaussian(features), gaussian(self._features))
             scores |= dict(zip((f"precision_{count}", f"recall_{count}"), among, strict=True))
+            if asked is not None:
+                scores |= self._by_label(samples, features, asked, str(count))
             scores |= self._judged(samples, str(count))
         near = nearest_distances(samples, self.images, progress=self.progress)
         return scores | {f"nearest_training_{count}": float(np.median(near))} | self.real
@@ -118,6 +129,19 @@ class Evaluator:
         assert self._classifier is not None
         assert self._classes is not None
         return judged(self._classifier.probabilities(images), self._classes, suffix)
+
+    def _by_label(self, samples: Images, features: Points, asked: NDArray[np.int64], suffix: str) -> dict[str, float]:
+        """Return how many samples are what was asked for, and how far each class's are from its real images."""
+        assert self._classifier is not None
+        known = np.isin(asked, self._names)
+        if not known.any():
+            return {}
+        taken_for = self._names[self._classifier.probabilities(samples).argmax(axis=1)]
+        scores = {f"label_agreement_{suffix}": float((taken_for == asked)[known].mean())}
+        pairs = [(features[asked == name], self._features[self._classes == i]) for i, name in enumerate(self._names)]
+        if min(len(points) for pair in pairs for points in pair) > LEAST_BY_CLASS:
+            scores[f"frechet_by_class_{suffix}"] = float(np.mean([_apart(made, real) for made, real in pairs]))
+        return scores
 
     @staticmethod
     def _chosen(images: Images) -> NDArray[np.int64]:

@@ -24,10 +24,11 @@ from torch import Tensor
 from ddpm_fast.config import Config, DiffusionConfig
 from ddpm_fast.constants import TRAINING_COLUMN, TrainingTable
 from ddpm_fast.data.batches import split
+from ddpm_fast.data.conditions import class_labels
 from ddpm_fast.data.dataset import Dataset
 from ddpm_fast.diffusion.noise import key_from_seed, permutation
 from ddpm_fast.diffusion.schedule import training_table
-from ddpm_fast.engine.sampling import sampling_copy
+from ddpm_fast.engine.networks import sampling_copy
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.files import replace_file
 from ddpm_fast.model.unet import UNet
@@ -131,8 +132,14 @@ class EvaluationSet:
         t, self._log_snr = nearest_timesteps(config.diffusion, ADDRESSES)
         self._t, self._numbers = t.to(device), torch.arange(ADDRESSES, device=device)
         self.rows = _choose(held_out if len(held_out) else trained)
-        self._images = _images_of(dataset, self.rows).to(device)
-        self._training_images = _images_of(dataset, _choose(trained)).to(device) if len(held_out) else None
+        labels = class_labels(config, dataset)
+
+        def at_addresses(rows: Tensor) -> tuple[Tensor, ...]:
+            of_rows = () if labels is None else (torch.from_numpy(labels)[rows],)
+            return tuple(values.to(device) for values in (_images_of(dataset, rows), *of_rows))
+
+        self._examples = at_addresses(self.rows)
+        self._training_examples = at_addresses(_choose(trained)) if len(held_out) else None
 
     def halve_batches(self) -> bool:
         """Take half as many images at once from now on; return False where that is one already."""
@@ -144,22 +151,24 @@ class EvaluationSet:
         count, errors = examples_at(trainer.step), dict[str, Tensor]()
         self._batch = min(self._batch, 4 * len(trainer.images) // trainer.accumulate)  # where steps were healed
         with trainer.ema_weights() as averaged:
-            errors["ema"] = self._errors(averaged, trainer.dtype, self._images[:count])
-            if self._training_images is not None:
-                errors["training_ema"] = self._errors(averaged, trainer.dtype, self._training_images[:count])
-        errors["raw"] = self._errors(trainer.unet, trainer.dtype, self._images[:count])
+            errors["ema"] = self._errors(averaged, trainer.dtype, count, *self._examples)
+            if self._training_examples is not None:
+                errors["training_ema"] = self._errors(averaged, trainer.dtype, count, *self._training_examples)
+        errors["raw"] = self._errors(trainer.unet, trainer.dtype, count, *self._examples)
         return Evaluation(errors, self.rows[:count], self._log_snr[:count])
 
     @torch.no_grad()
-    def _errors(self, unet: UNet, dtype: torch.dtype, images: Tensor) -> Tensor:
-        """Return the error at each address, without dropout and flips: [N] float32 on the CPU."""
+    def _errors(
+        self, unet: UNet, dtype: torch.dtype, count: int, images: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """Return the error at each of the first addresses, without dropout and flips: [N] float32 on the CPU."""
         network, errors = sampling_copy(unet, dtype), []
-        for first in range(0, len(images), self._batch):
-            part = slice(first, min(first + self._batch, len(images)))
-            t = self._t[part]
+        for first in range(0, count, self._batch):
+            part = slice(first, min(first + self._batch, count))
+            t, told = self._t[part], None if labels is None else labels[part]
             example = (images[part], t, self._table, self._key, self._numbers[part])
             x_t = network.ops.q_sample(*example, dtype=dtype)
-            prediction = network.denoise(x_t, unet.time_shifts(t).to(dtype))
+            prediction = network.denoise(x_t, unet.time_shifts(t, told).to(dtype))
             errors.append(network.ops.noise_mse(prediction, *example))
         return torch.cat(errors).float().cpu()
 

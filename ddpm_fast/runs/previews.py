@@ -114,8 +114,12 @@ class Previews:
         save_normalized_and_raw(samples, self.directory, self._stem)
         return samples
 
-    def samples(self, count: int) -> Tensor:
+    def samples(self, count: int, labels: tuple[int, ...] = ()) -> Tensor:
         """Make images 0 to count - 1 of the run's seed from the averaged weights: [N, C, H, W].
+
+        Args:
+            count: how many.
+            labels: of a conditional run's images 0, 1, ..., over and over; if left out, each in turn.
 
         Raises:
             MathematicsError: a sampled value is not finite.
@@ -126,7 +130,8 @@ class Previews:
                 self.loop = SamplingLoop(averaged, table, self.trainer.dtype)
             else:
                 self.loop.load_weights(averaged)
-        return sample(self.loop, ImageRange(self.config.training.seed, 0, count), progress=self.bar)
+        labels = labels or tuple(range(self.config.unet.classes))
+        return sample(self.loop, ImageRange(self.config.training.seed, 0, count, labels=labels), progress=self.bar)
 
     @property
     def _stem(self) -> str:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.config import Config, with_training
-from ddpm_fast.data.batches import BatchSource
+from ddpm_fast.data.conditions import batches_of
 from ddpm_fast.data.dataset import Dataset
-from ddpm_fast.diffusion.noise import key_from_seed
 from ddpm_fast.engine.execution import EAGER
 from ddpm_fast.engine.memory import until_it_fits
 from ddpm_fast.engine.trainer import WARM_UP_STEPS, Trainer
@@ -67,8 +66,7 @@ class Run:
         self.directory, self.config, self.dataset = directory, config, dataset
         decided = decided or decide(config.training)
         device, execution = torch.device(decided.device), decided.execution
-        key = key_from_seed(config.training.seed, "cpu")
-        source = BatchSource(dataset, key, device, config.data.holdout)
+        source = batches_of(config, dataset, device)
         as_decided = with_training(config, precision=decided.precision, accumulate=decided.accumulate)
         self.trainer = Trainer(as_decided, source.batch, device, execution)
         self.evaluation_set = evaluation.EvaluationSet(as_decided, dataset, device)
@@ -215,7 +213,7 @@ class Run:
         count = self.config.training.evaluate_count
         seconds = self.previews.seconds(count, self.progress.seconds_per_step)
         with self.progress.doing(f"measuring {count} samples", seconds):
-            found = self.scores.of(self.previews.samples(count))
+            found = self.scores.of(self.previews.samples(count, self.scores.labels))
         with self.signals.held():
             amend_last_metrics(self.directory, {"quality": found})
         for name, value in found.items():

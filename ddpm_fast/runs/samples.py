@@ -37,7 +37,7 @@ GRID_IMAGES = 100
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 """A PNG's last 12 bytes: what lacks them was torn by a machine that lost its power."""
 ONE_BY_ONE = re.compile(r"\d{6,10}\.png")
-DIGESTS = {"checkpoint_digest": "other weights", "code_digest": "other code"}
+DIGESTS = {"checkpoint_digest": "other weights", "code_digest": "other code", "guide_digest": "another guide"}
 """What a difference of these means, whose values tell nobody anything."""
 
 Kind = dict[str, Any]
@@ -56,6 +56,11 @@ def kind_of(model: Model, wanted: SamplingOptions, format: SampleFormat) -> Kind
     kind: Kind = {"seed": wanted.seed, **asdict(wanted.sampler_for(model.config)), "weights": model.options.weights}
     kind |= {"precision": precision_of(model), "checkpoint_step": model.step}
     kind |= {"checkpoint_digest": _digest_of(model), "code_digest": origin.images_digest(), "format": format}
+    labels = model.labels_for(wanted)
+    if labels:
+        kind["label"] = list(labels)
+    if wanted.guidance != 1:
+        kind |= {"guidance": wanted.guidance, "guide_digest": _digest_of(model.guide) if model.guide else ""}
     if format != "png":  # an archive is written once, with all its images
         kind |= {"first_index": wanted.first_index, "count": wanted.count}
     return kind
@@ -87,7 +92,7 @@ def default_directory(model: Model, wanted: SamplingOptions, kind: Kind) -> Path
     Other samples of that name are those of another step, or of other code.
     """
     run = model.home
-    name = f"{how(model, wanted.sampler_for(model.config))}-seed{wanted.seed}"
+    name = f"{how(model, wanted.sampler_for(model.config))}-seed{wanted.seed}{wanted.asked}"
     newest = checkpoint.newest(run, (model.part,)) if run != model.path else None
     if newest is not None and newest.step != model.step:
         name += f"-step{model.step:07d}"

@@ -9,15 +9,22 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_fast.config import Config, TrainingConfig
 from ddpm_fast.data.batches import split
+from ddpm_fast.data.conditions import class_labels
 from ddpm_fast.data.dataset import Dataset
+from ddpm_fast.diffusion.noise import key_from_seed, permutation
 from ddpm_fast.quality.evaluator import MEASURES, Evaluator
 from ddpm_fast.runs.compare import RecordedRun
 from ddpm_fast.runs.directory import read_metrics
 from ddpm_fast.runs.grids import to_uint8
+
+SEED = 0x6C61626C
+"""Of the order of labels that samples are made for."""
 
 
 def evaluator_of(config: Config, dataset: Dataset, progress: bool | None = None) -> Evaluator:
@@ -32,6 +39,19 @@ def evaluator_of(config: Config, dataset: Dataset, progress: bool | None = None)
         return Evaluator(dataset.images, labels, None, dataset.fingerprint, progress)
     labels = labels[trained] if labels is not None else None
     return Evaluator(dataset.images[trained], labels, dataset.images[held_out], dataset.fingerprint, progress)
+
+
+def labels_to_ask(config: Config, dataset: Dataset) -> tuple[int, ...]:
+    """Return which labels a conditional run's samples are made for: those of the images that it trains on, shuffled."""
+    labels, trained = class_labels(config, dataset), split(len(dataset), config.data.holdout)[0]
+    if labels is None:
+        return ()
+    return tuple(labels[trained[permutation(key_from_seed(SEED), 0, len(trained))].numpy()].tolist())
+
+
+def asked_of(labels: tuple[int, ...], numbers: range) -> NDArray[np.int64] | None:
+    """Return the labels of samples by their numbers, [N], given those of samples 0, 1, ..., over and over."""
+    return np.array([labels[number % len(labels)] for number in numbers]) if labels else None
 
 
 def is_due(step: int, training: TrainingConfig, last: bool) -> bool:
@@ -56,9 +76,14 @@ class Scores:
     def _evaluator(self) -> Evaluator:
         return evaluator_of(self._config, self._dataset, self._bar)
 
+    @cached_property
+    def labels(self) -> tuple[int, ...]:
+        """Of samples 0, 1, ..., over and over, for a conditional run."""
+        return labels_to_ask(self._config, self._dataset)
+
     def of(self, samples: Tensor) -> dict[str, float]:
-        """Return the scores of samples [N, C, H, W]; see `Evaluator.score`."""
-        return self._evaluator.score(to_uint8(samples))
+        """Return the scores of samples [N, C, H, W] of these labels; see `Evaluator.score`."""
+        return self._evaluator.score(to_uint8(samples), asked_of(self.labels, range(len(samples))))
 
 
 def in_words(scores: Mapping[str, float], count: int) -> str:

@@ -5,7 +5,7 @@ Shapes: N images, C channels, H x W pixels, T diffusion timesteps.
 
 import dataclasses
 import threading
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_fast.config import Config, Precision, SamplerConfig, SamplerName, Spacing
 from ddpm_fast.diffusion.samplers import sampler_table
-from ddpm_fast.engine.execution import choose_dtype, choose_execution, set_tf32
+from ddpm_fast.engine.execution import Execution, choose_dtype, choose_execution, set_tf32
 from ddpm_fast.engine.sampling import ImageRange, OnStep, SamplingLoop
 from ddpm_fast.engine.sampling import stream as stream_images
 from ddpm_fast.errors import InputError, require, require_known
@@ -22,6 +22,7 @@ from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
 from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.runs import checkpoint, diffusers_folder
+from ddpm_fast.runs.asked import labels_asked, require_fitting
 from ddpm_fast.runs.device import enough_memory, prepare_device
 from ddpm_fast.runs.grids import Images, to_uint8
 
@@ -49,6 +50,9 @@ class SamplingKeywords(TypedDict, total=False):
     seed: int
     first_index: int
     batch_size: int
+    label: int | Sequence[int]
+    guidance: float
+    guide: str | Path
 
 
 def options_from(cls: type[Options], keywords: Mapping[str, Any]) -> Options:
@@ -58,7 +62,12 @@ def options_from(cls: type[Options], keywords: Mapping[str, Any]) -> Options:
         InputError: a keyword is unknown (the nearest is suggested), or a value is refused.
     """
     require_known("keyword", keywords, [f.name for f in dataclasses.fields(cls)])
-    return cls(**keywords)
+    values = dict(keywords)
+    if "label" in values:
+        values["label"] = (values["label"],) if isinstance(values["label"], int) else tuple(values["label"])
+    if "guide" in values:
+        values["guide"] = str(values["guide"])
+    return cls(**values)
 
 
 class Model:
@@ -70,6 +79,8 @@ class Model:
     """What the run computes."""
     step: int
     """Optimizer steps after which the weights were saved."""
+    guide: "Model | None"
+    """What guided it last, if that was another model."""
     fingerprint: str
     """Of the images that the run trains on."""
     files: list[Path]
@@ -90,8 +101,10 @@ class Model:
         unet = unet_of(found, part).to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.unet = unet.requires_grad_(False).eval().use(choose_ops(options.kernels, self.device))
         self.loop: SamplingLoop | None = None
-        self._sampler: SamplerConfig | None = None
-        self._choosing = threading.Lock()
+        self._wish: tuple[SamplerConfig, Execution, UNet | None] | None = None  # what the loop was made for
+        self._choosing = threading.RLock()
+        self.guide = None
+        self._guide_name = ""
 
     def __repr__(self) -> str:
         unet = self.config.unet
@@ -144,6 +157,10 @@ class Model:
                 spacing: which timesteps such a sampler visits, "trailing" (the default), "leading" or "linspace".
                 first_index: number of the first image, default 0.
                 batch_size: largest number of images made at once, default 64.
+                label: of a conditional model, what to make: 7, or [0, 1, 2], of which image i gets the i-th, over and
+                    over; -1 is none. The default is every label in turn.
+                guidance: how strongly to guide, default 1, not at all: by the model itself without the label,
+                guide: or by another run, a worse one.
 
         Returns:
             A list of Pillow images of the model's resolution, of mode L, LA, RGB or RGBA; or
@@ -195,9 +212,10 @@ class Model:
             done: numbers of images that are there: a batch of nothing else is not made.
         """
         set_tf32(self.options.precision)  # a setting of the process, which another model may have changed
-        with enough_memory(self.device, wanted.batch_size):
-            loop = self._loop_for(wanted)
-        images = ImageRange(wanted.seed, wanted.first_index, wanted.count, done)
+        with enough_memory(self.device, wanted.batch_size), self._choosing:
+            labels, loop = self.labels_for(wanted), self._loop_for(wanted)
+        asked = {"labels": labels, "guidance": wanted.guidance}
+        images = ImageRange(wanted.seed, wanted.first_index, wanted.count, done, **asked)
         return self._stream(loop, images, wanted.batch_size, progress, on_step)
 
     def _stream(
@@ -208,6 +226,20 @@ class Model:
                 yield batch
                 set_tf32(self.options.precision)  # who took the batch may have used another model
 
+    def labels_for(self, wanted: SamplingOptions) -> tuple[int, ...]:
+        """Return the labels of images 0, 1, ..., over and over; what guides the model is loaded with that.
+
+        Raises:
+            InputError: the model knows no such label, nothing guides it, or what is to guide it does not fit.
+        """
+        labels = labels_asked(wanted, self.config, self.path)
+        if wanted.guide != self._guide_name:
+            guide = Model(Path(wanted.guide), self.options) if wanted.guide else None
+            if guide is not None:
+                require_fitting(guide.config, self.config, wanted.guide)
+            self.guide, self._guide_name = guide, wanted.guide
+        return labels
+
     def _loop_for(self, wanted: SamplingOptions) -> SamplingLoop:
         """Return the last loop where it fits, with the U-Net's weights of now, else a new one."""
         sampler = wanted.sampler_for(self.config)
@@ -215,12 +247,14 @@ class Model:
         flop = float(self.unet.estimate_flop()) * len(table.rows) * wanted.count
         execution = choose_execution(self.options.compile, self.options.capture, self.device, flop)
         with self._choosing:
-            if self.loop is not None and (sampler, execution) == (self._sampler, self.loop.execution):
-                self.loop.load_weights(self.unet)
+            guide = None if wanted.guidance == 1 else (self.guide or self).unet
+            wish = (sampler, execution, guide)
+            if self.loop is not None and wish == self._wish:
+                self.loop.load_weights(self.unet, guide)
                 return self.loop
-            self.loop, self._sampler = None, sampler  # free the old one first
+            self.loop, self._wish = None, wish  # free the old one first
             dtype = choose_dtype(self.options.precision, self.device)
-            self.loop = SamplingLoop(self.unet, table, dtype, execution)
+            self.loop = SamplingLoop(self.unet, table, dtype, execution, guide=guide)
             return self.loop
 
 

@@ -69,7 +69,7 @@ def bias_of(block: ResBlock) -> Tensor:
 
 def change_shifts(monkeypatch: pytest.MonkeyPatch, change: Callable[[UNet, Tensor, Tensor], Tensor]) -> None:
     shifts = UNet.time_shifts
-    monkeypatch.setattr(UNet, "time_shifts", lambda self, t: change(self, t, shifts(self, t)))
+    monkeypatch.setattr(UNet, "time_shifts", lambda self, t, *label: change(self, t, shifts(self, t, *label)))
 
 
 def no_time_embedding(monkeypatch):
@@ -93,7 +93,7 @@ def shifts_of_other_blocks(monkeypatch):
 
 def t_ends_at_500(monkeypatch):
     shifts = UNet.time_shifts
-    monkeypatch.setattr(UNet, "time_shifts", lambda self, t: shifts(self, t.clamp(max=500)))
+    monkeypatch.setattr(UNet, "time_shifts", lambda self, t, *label: shifts(self, t.clamp(max=500), *label))
 
 
 def cosines_first(monkeypatch):

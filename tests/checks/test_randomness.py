@@ -14,7 +14,7 @@ from ddpm_fast.checks.results import CheckResult, Verdict
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
 from ddpm_fast.constants import Stream
 from ddpm_fast.diffusion import noise
-from ddpm_fast.engine import sampling, trainer
+from ddpm_fast.engine import buffers, sampling, trainer
 from ddpm_fast.model import unet
 from ddpm_fast.ops import REFERENCE, reference
 from tests.checks.planting import list_of_faults
@@ -51,7 +51,7 @@ def test_sound_draws_pass(config):
 
 
 def with_normal(monkeypatch: pytest.MonkeyPatch, normal: Callable[..., Any], *modules: Any) -> None:
-    for module in modules or (reference, sampling):
+    for module in modules or (reference, buffers):
         monkeypatch.setattr(module, "normal", normal)
 
 
@@ -119,7 +119,7 @@ def noise_of_training_in_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
 @fault("noise", LOOP)
 def start_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     normal = noise.normal
-    with_normal(monkeypatch, lambda *given: 1.1 * normal(*given), sampling)
+    with_normal(monkeypatch, lambda *given: 1.1 * normal(*given), buffers)
 
 
 @fault("noise", OPS)

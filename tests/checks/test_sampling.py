@@ -11,7 +11,7 @@ from ddpm_fast.checks.results import CheckResult, Verdict
 from ddpm_fast.checks.sampling import QUICK_FLOP, check_loops
 from ddpm_fast.checks.stand_in import affordable, perturb
 from ddpm_fast.config import DiffusionConfig, UNetConfig
-from ddpm_fast.engine import sampling
+from ddpm_fast.engine import networks, sampling
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.model import blocks, unet
 from ddpm_fast.model.unet import UNet
@@ -50,18 +50,16 @@ def test_few_timesteps_pass(timesteps):
 
 @fault("network", MODEL)
 def t_one_too_high_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(self, network):
-        return network.time_shifts(self.rows[:, 0] + 1).detach()
-
-    monkeypatch.setattr(sampling.SamplingLoop, "_compute_time_shifts", compute)
+    build = networks.SampledNetwork.__init__
+    monkeypatch.setattr(networks.SampledNetwork, "__init__", lambda self, u, t, dtype: build(self, u, t + 1, dtype))
 
 
 @fault("network", MODEL)
 def time_embedding_that_differs_in_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     shifts = UNet.time_shifts
 
-    def differing(self, t):
-        return shifts(self, t) if t.dtype == torch.int64 else 1.01 * shifts(self, t)  # a table's t is a float
+    def differing(self, t, *label):
+        return (1.0 if t.dtype == torch.int64 else 1.01) * shifts(self, t, *label)  # a table's t is a float
 
     monkeypatch.setattr(UNet, "time_shifts", differing)
 
@@ -78,19 +76,19 @@ def dropout_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fault("network", MODEL)
 def weights_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "sampling_copy", lambda network, dtype: UNet(network.config).requires_grad_(False))
+    monkeypatch.setattr(networks, "sampling_copy", lambda network, dtype: UNet(network.config).requires_grad_(False))
 
 
 @fault("network", LOOP)
 def new_weights_with_the_old_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
-    @torch.no_grad()
-    def load(self, network):
-        for own, new in zip(
-            self.unet.parameters(), sampling.sampling_copy(network, self.dtype).parameters(), strict=True
-        ):
-            own.copy_(new)
+    load = networks.SampledNetwork.load_weights
 
-    monkeypatch.setattr(sampling.SamplingLoop, "load_weights", load)
+    def with_the_old(self, network):
+        told = [values.clone() for values in self.told]
+        load(self, network)
+        self.told = told
+
+    monkeypatch.setattr(networks.SampledNetwork, "load_weights", with_the_old)
 
 
 @fault("sampler", LOOP)

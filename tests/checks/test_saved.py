@@ -146,12 +146,12 @@ def a_run_that_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fault("order", RUN)
 def a_run_in_the_order_of_seed_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_fast.runs.run.key_from_seed", lambda seed, device: key_from_seed(0, device))
+    monkeypatch.setattr("ddpm_fast.data.conditions.key_from_seed", lambda seed: key_from_seed(0))
 
 
 @fault("order", RUN)
 def a_run_that_holds_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_fast.runs.run.BatchSource", lambda *given: BatchSource(*given[:3]))
+    monkeypatch.setattr("ddpm_fast.data.conditions.BatchSource", lambda *given: BatchSource(*given[:3]))
 
 
 @fault("ema", MODEL)
@@ -177,7 +177,9 @@ def sampler_of_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 @fault("ema", MODEL)
 def first_index_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     images = trained_model.ImageRange
-    monkeypatch.setattr(trained_model, "ImageRange", lambda seed, first, count: images(seed, 0, count))
+    monkeypatch.setattr(
+        trained_model, "ImageRange", lambda seed, first, *rest, **asked: images(seed, 0, *rest, **asked)
+    )
 
 
 @fault("ema", TRAINER)

@@ -149,7 +149,7 @@ def test_noise_is_independent_over_steps_streams_and_seeds():
 
 @pytest.mark.parametrize("stream", list(Stream))
 def test_words_lie_at_the_designs_address(stream):
-    tags = ["TRAINING", "SAMPLING", "TIMESTEP", "FLIP", "DATA_ORDER", "DROPOUT"]
+    tags = ["TRAINING", "SAMPLING", "TIMESTEP", "FLIP", "DATA_ORDER", "DROPOUT", "LABEL"]
     channels, height, width, step = 6, 3, 5, 9
     samples = torch.tensor([0, 7, 2**32 - 1])
     where = NoiseAddress(key_from_seed(SEED), samples)

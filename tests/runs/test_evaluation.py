@@ -60,7 +60,7 @@ def test_the_error_is_that_of_the_split_into_signal_and_noise(prediction):
     t, _ = nearest_timesteps(config.diffusion, ADDRESSES)
     alpha_bar = make_alpha_bar(config.diffusion)[t].view(-1, 1, 1, 1)
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    x_start = evaluated._images.double() / 127.5 - 1
+    x_start = evaluated._examples[0].double() / 127.5 - 1
     address = NoiseAddress(key_from_seed(SEED), torch.arange(ADDRESSES))
     eps = normal(address, 0, Stream.TRAINING, (1, 8, 8)).double()
     x_t = signal * x_start + noise * eps
@@ -106,8 +106,8 @@ def test_a_hold_out_is_evaluated_beside_what_is_trained_on():
     evaluated = EvaluationSet(config, DATA, CPU)
     assert set(evaluated.evaluate(trainer_of(config)).errors) == {"ema", "raw", "training_ema"}
     trained, held_out = split(len(DATA), 0.1)
-    assert evaluated._training_images is not None
-    for images, rows in ((evaluated._images, held_out), (evaluated._training_images, trained)):
+    assert evaluated._training_examples is not None
+    for (images,), rows in ((evaluated._examples, held_out), (evaluated._training_examples, trained)):
         own = {bytes(image) for image in DATA.images[rows.numpy()]}
         assert {bytes(image.permute(1, 2, 0).numpy()) for image in images} <= own
 
@@ -115,7 +115,7 @@ def test_a_hold_out_is_evaluated_beside_what_is_trained_on():
 def test_the_address_says_which_image_it_has():
     evaluated = EvaluationSet(TINY, DATA, CPU)
     expected = torch.from_numpy(DATA.images[evaluated.rows.numpy()]).permute(0, 3, 1, 2)
-    assert torch.equal(evaluated._images, expected)
+    assert torch.equal(evaluated._examples[0], expected)
     assert len(evaluated.rows.unique()) == ADDRESSES
 
 

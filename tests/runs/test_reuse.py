@@ -139,7 +139,7 @@ def test_after_an_interrupt_in_a_capture_the_images_are_the_same(model, truth, m
 def test_after_an_interrupt_while_weights_are_exchanged_the_images_are_the_same(model, truth, monkeypatch):
     model.draw(WANTED[0])
     with monkeypatch.context() as patches:
-        patches.setattr(type(model.loop), "_compute_time_shifts", _interrupt)
+        patches.setattr(type(model.loop.network), "_told", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             model.draw(WANTED[0])
     assert torch.equal(model.draw(WANTED[0]), truth[0])
@@ -157,7 +157,7 @@ def test_after_an_interrupt_in_a_step_or_its_capture_training_goes_on():
     for _ in range(3):
         made.train_step_no_sync()
     losses = made._compiled_loss
-    made._compiled_loss = lambda images, sample_index: _interrupt()
+    made._compiled_loss = lambda *batch: _interrupt()
     with pytest.raises(KeyboardInterrupt):
         made.train_step_no_sync()
     made._compiled_loss = losses
