@@ -180,7 +180,7 @@ def test_one_image_that_does_not_fit_is_one_line_and_the_last_step_stands():
     before = states(made)
     fail_forwards(made, 0, ON_A_CPU)
     with pytest.raises(
-        NotEnoughMemoryError, match=r"even for one image at a time: take --precision bf16, a smaller network \(--channels"
+        NotEnoughMemoryError, match=r"for one image at a time: take --precision bf16, a smaller network \(--channels"
     ):
         until_it_fits(made.train_step_no_sync, made.split_further)
     assert made.step == 1
