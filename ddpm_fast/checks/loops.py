@@ -112,7 +112,11 @@ def check_loop(
     what = f"{name_of(sampler, table)}{network.what}" + (", guided" if loop.guide else "")
     recorder, seen = Recorder(loop), list[Tensor]()
     made = images_of(loop, wanted, lambda k, x: seen.append(x.clone()))
-    wrong = next(_faults_between(loop, recorder.steps, wanted), "") or _fault_of_results(recorder.steps, seen, made)
+    # Images that are not finite are made no further than the batch that shows it.
+    batches = -(-count // BATCH) if made is not None else max(1, len(recorder.steps) // len(table.rows))
+    wrong = next(_faults_between(loop, recorder.steps, wanted, batches), "") or _fault_of_results(
+        recorder.steps, seen, made
+    )
     name, expected = f"{what}: the loop takes its rows in turn", "every row, from the x and x0 of the row before"
     yield CheckResult("sampler", name, judged(not wrong), expected, wrong or expected, LOOP)
     steps = [step for step in recorder.steps if _is_moderate(step.x)]
@@ -139,10 +143,12 @@ def _is_moderate(*values: Tensor) -> bool:
     return all(bool((value.abs() < LARGE).all()) for value in values)
 
 
-def _faults_between(loop: sampling.SamplingLoop, steps: list[Step], images: sampling.ImageRange) -> Iterator[str]:
+def _faults_between(
+    loop: sampling.SamplingLoop, steps: list[Step], images: sampling.ImageRange, batches: int
+) -> Iterator[str]:
     """Say what goes wrong between the steps of the batches, the first first."""
     rows, numbers = loop.table.rows.float().cpu(), torch.arange(images.first, images.first + images.count)
-    batches, K, unet = -(-images.count // BATCH), len(rows), loop.unet.config
+    K, unet = len(rows), loop.unet.config
     if len(steps) != K * batches:
         yield f"{len(steps)} steps for {batches} batches of {K} rows"
         return

@@ -150,7 +150,7 @@ def the_first_batch_again_and_again(monkeypatch):
 
 
 def every_other_step_is_left_out(monkeypatch):
-    change_source(monkeypatch, Trainer, "train_step_no_sync", "self.step += 1", "self.step += 2")
+    change_source(monkeypatch, Trainer, "_count_step", "self.step += 1", "self.step += 2")
 
 
 def half_of_the_batch(monkeypatch):

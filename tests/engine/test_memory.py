@@ -93,10 +93,10 @@ def trainer(execution: Execution = EAGER, **training: int) -> Trainer:
 def fail_forwards(made: Trainer, most: int, error: Exception) -> None:
     losses = made._compiled_loss
 
-    def fail(images: Tensor, sample_index: Tensor) -> Tensor:
-        if len(images) > most:
+    def fail(*batch: Tensor) -> Tensor:
+        if len(batch[0]) > most:
             raise error
-        return losses(images, sample_index)
+        return losses(*batch)
 
     made._compiled_loss = fail
 
@@ -106,9 +106,9 @@ def fail_backwards(made: Trainer, most: int, error: Exception) -> None:
     losses, names = made._compiled_loss, list(made.parameters)
     parts: list[int] = []
 
-    def note(images: Tensor, sample_index: Tensor) -> Tensor:
-        parts.append(len(images))
-        return losses(images, sample_index)
+    def note(*batch: Tensor) -> Tensor:
+        parts.append(len(batch[0]))
+        return losses(*batch)
 
     def fail(gradient: Tensor) -> Tensor:
         if parts[-1] > most and parts.count(parts[-1]) * parts[-1] == made.config.training.batch_size:
