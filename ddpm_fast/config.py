@@ -7,7 +7,7 @@ Shapes: N images, C channels, H x W pixels, T diffusion timesteps. Imports nothi
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ddpm_fast.errors import flag, require, require_seed, require_types
+from ddpm_fast.errors import flag, require, require_counts, require_seed, require_types
 from ddpm_fast.stages import Stage
 
 Prediction = Literal["eps", "x0", "v"]
@@ -17,6 +17,8 @@ Details = Literal["paper", "diffusers"]
 TimestepDensity = Literal["uniform", "laplace"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
+WIDEST = 2**16
+"""Channels or pixels that a U-Net may have: what asks for more is damaged, and no memory would hold it."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,8 @@ class UNetConfig:
         require_types(self)
         levels = len(self.channel_multipliers)
         require(levels > 0, "--channel-multipliers is empty: name one multiplier per level, e.g. 1 2 2")
-        for name in ("image_channels", "height", "width", "channels", "res_blocks", "groups"):
-            value = getattr(self, name)
-            require(value > 0, f"{flag(name)} is {value}: it must be at least 1")
+        require_counts(self, "image_channels", "height", "width", "channels", "groups", most=WIDEST)
+        require_counts(self, "res_blocks", most=256)
         require(min(self.channel_multipliers) > 0, f"--channel-multipliers {self.channel_multipliers} must be positive")
         step = 2 ** (levels - 1)
         for name, value in (("height", self.height), ("width", self.width)):
@@ -63,6 +64,7 @@ class UNetConfig:
             require(value % step == 0, f"{why}: use {usable}, or fewer multipliers")
         for multiplier in self.channel_multipliers:
             width = self.channels * multiplier
+            require(width <= WIDEST, f"--channels {self.channels} x multiplier {multiplier} is more than {WIDEST}")
             require(
                 width % self.groups == 0,
                 f"{width} channels (--channels {self.channels} x multiplier {multiplier}) do not divide into "
@@ -79,7 +81,8 @@ class UNetConfig:
             width, attends = self.channels * multiplier, resolutions[level] in self.attention_resolutions
             message = f"{width} channels do not divide into heads of {self.head_channels}: change --head-channels"
             require(width % self.head_channels == 0 or not (attends or level == levels - 1), message)
-        require(self.num_classes == "auto" or self.num_classes >= 0, f"--num-classes is {self.num_classes}: negative")
+        fits = self.num_classes == "auto" or 0 <= self.num_classes <= 2**20
+        require(fits, f"--num-classes is {self.num_classes}: it must lie in 0..{2**20}")
 
     @property
     def classes(self) -> int:
@@ -108,7 +111,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require(self.timesteps >= 1, f"--timesteps is {self.timesteps}: it must be at least 1")
+        require_counts(self, "timesteps", most=1_000_000)
         require(
             0 < self.beta_start <= self.beta_end < 1,
             f"--beta-start {self.beta_start} and --beta-end {self.beta_end} must satisfy 0 < start <= end < 1",
@@ -204,9 +207,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
-            value = getattr(self, name)
-            require(value >= 1, f"{flag(name)} is {value}: it must be at least 1")
+        require_counts(self, "steps", "batch_size", "accumulate", "log_every", "save_every", most=2**31 - 1)
         not_negative = ("warmup_steps", "clip_norm", "min_snr_gamma", "sample_every", "evaluate_every")
         for name in (*not_negative, "save_minutes", "keep_last", "keep_every"):
             value = getattr(self, name)

@@ -143,6 +143,14 @@ def _require_choice(is_value: str, value: Any, choices: tuple[str, ...]) -> None
     require(value in choices, f"{is_value}: {wanted}.{nearest(str(value), choices)}")
 
 
+def require_counts(part: Any, *names: str, most: int) -> None:
+    """Refuse a field that is less than 1, or more than anything could need: memory or time would not suffice for it."""
+    for name in names:
+        value = getattr(part, name)
+        require(value > 0, f"{flag(name)} is {value}: it must be at least 1")
+        require(value <= most, f"{flag(name)} is {value}: it must be at most {most}")
+
+
 def require_seed(seed: int) -> None:
     require(0 <= seed < 2**64, f"--seed is {seed}: it must lie in 0..2**64-1")
 

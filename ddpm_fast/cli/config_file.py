@@ -78,7 +78,7 @@ def _read(file: Path, parts: Parts) -> dict[str, list[str]]:
     """
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = "does not exist" if isinstance(error, FileNotFoundError) else f"is not readable TOML ({error})"
         raise InputError(f"--config {file} {why}: name a TOML file of flags by their Python names") from None
     home = {name: part for part, kinds in parts.items() for name in kinds}

@@ -171,7 +171,8 @@ def completion(shell: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log is to be read while it grows
+        # A log is to be read while it grows, and a file's name may hold bytes that are no text.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         try:
             status = run(list(sys.argv[1:] if arguments is None else arguments))

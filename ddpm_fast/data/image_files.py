@@ -12,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 """Modes with an alpha; a palette or grey may have one transparent value beside."""
+PROGRAMS = ("EPS",)
+"""Formats that are programs, which Pillow has Ghostscript run: they are not read."""
 
 
 class Unusable(Exception):  # noqa: N818 - it is a finding, not an error
@@ -21,14 +23,20 @@ class Unusable(Exception):  # noqa: N818 - it is a finding, not an error
 def is_picture(path: PurePath) -> bool:
     """Whether a file's name says that it is an image, by the extensions that Pillow can read."""
     Image.init()
-    return path.suffix.lower() in Image.EXTENSION
+    return Image.EXTENSION.get(path.suffix.lower(), PROGRAMS[0]) not in PROGRAMS
+
+
+def formats() -> list[str]:
+    """Return which formats are read."""
+    Image.init()
+    return [name for name in Image.OPEN if name not in PROGRAMS]
 
 
 def is_encoded(content: bytes) -> bool:
     """Whether a file's content begins as an image does."""
-    with contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError), warnings.catch_warnings():
+    with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        Image.open(io.BytesIO(content)).close()
+        Image.open(io.BytesIO(content), formats=formats()).close()
         return True
     return False
 
@@ -51,7 +59,8 @@ def decode(encoded: Path | bytes, shape: tuple[int, int, int]) -> Image.Image:
             raise Unusable("zero bytes")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+            file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+            with Image.open(file, formats=formats()) as image:
                 side = 2 * max(shape[:2])  # of both: it may still have to be turned
                 image.draft(None, (side, side))
                 image.load()
@@ -60,7 +69,9 @@ def decode(encoded: Path | bytes, shape: tuple[int, int, int]) -> Image.Image:
         raise Unusable(f"over {Image.MAX_IMAGE_PIXELS} pixels, a decompression bomb") from None
     except UnidentifiedImageError:
         raise Unusable("not an image") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Unusable:
+        raise
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever they stumble over
         raise Unusable(str(error) or type(error).__name__) from None
 
 

@@ -11,7 +11,6 @@ files of the hub have 100 to 500 MB in each.
 import bisect
 import contextlib
 import importlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,6 +22,7 @@ from ddpm_fast.data.image_files import is_encoded
 from ddpm_fast.data.labels import NO_LABELS, Labels, from_values
 from ddpm_fast.data.pictures import Contents, Encoded
 from ddpm_fast.errors import InputError, nearest, require
+from ddpm_fast.files import parse_json
 
 ROWS_AT_ONCE, BYTES_AT_ONCE = 64, 32 << 20
 """Of a row group so much is taken out of pyarrow at once: rows, or fewer where they have as many bytes."""
@@ -48,7 +48,7 @@ def _readable(file: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"--data {file} is damaged or no parquet file ({reason})") from None
 
@@ -120,7 +120,7 @@ class Table:
     def declared(self, kind: str) -> dict[str, dict[str, Any]]:
         """Return the columns that the schema's metadata declares as "Image", say, with what it says of each."""
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            features = json.loads((self.schema.metadata or {})[b"huggingface"])["info"]["features"]
+            features = parse_json((self.schema.metadata or {})[b"huggingface"])["info"]["features"]
             found = {name: said for name, said in features.items() if isinstance(said, dict)}
             return {name: said for name, said in found.items() if said.get("_type") == kind and name in self.columns}
         return {}

@@ -20,7 +20,7 @@ from ddpm_fast.config import DataConfig
 from ddpm_fast.data.arrays import ArrayImages, read_array
 from ddpm_fast.data.dataset import pictures_of
 from ddpm_fast.data.digits import read_digits
-from ddpm_fast.data.image_files import MODES, TRANSPARENT, to_mode
+from ddpm_fast.data.image_files import MODES, TRANSPARENT, formats, to_mode
 from ddpm_fast.data.pictures import Contents, Encoded
 from ddpm_fast.progress import Progress
 
@@ -136,7 +136,8 @@ def _opened(encoded: Encoded, look: Callable[[Image.Image], Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+            file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+            with Image.open(file, formats=formats()) as image:
                 return look(image)
         except Exception:  # on damaged files Pillow's decoders raise whatever they stumble over
             return None

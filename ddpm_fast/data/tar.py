@@ -7,7 +7,6 @@ They are read where they lie: nothing is ever unpacked to the disk.
 
 import contextlib
 import itertools
-import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from ddpm_fast.data.image_files import is_picture
 from ddpm_fast.data.labels import from_values
 from ddpm_fast.data.pictures import Contents, Encoded
 from ddpm_fast.errors import InputError, printable, require
+from ddpm_fast.files import parse_json
 
 AT_ONCE = 64
 CLASS, FACTS = "cls", "json"
@@ -100,7 +100,7 @@ def _class_of(where: str, example: Example, asked: str) -> int | str | bool | No
     if FACTS not in example.says:
         return None
     try:
-        facts = json.loads(example.says[FACTS])
+        facts = parse_json(example.says[FACTS])
     except ValueError as error:
         raise InputError(f"--data {where}.{FACTS} is no JSON ({error})") from None
     if not isinstance(facts, dict):
@@ -114,7 +114,7 @@ def _opened(file: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(file, "r:") as archive:
             yield archive
-    except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, MemoryError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"--data {file} is damaged, compressed or no tar file ({error})") from None
@@ -122,6 +122,7 @@ def _opened(file: Path) -> Iterator[tarfile.TarFile]:
 
 def _members(file: Path, archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, PurePosixPath]]:
     """Yield the plain files of a tar; whatever else could reach out of it is refused, though nothing is unpacked."""
+    length = file.stat().st_size
     while (member := archive.next()) is not None:
         archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it would keep them all
         path = PurePosixPath(member.name)
@@ -131,6 +132,8 @@ def _members(file: Path, archive: tarfile.TarFile) -> Iterator[tuple[tarfile.Tar
         plain = member.isreg() and not member.issparse()
         kind = "a link" if member.issym() or member.islnk() else "a device or another special file"
         require(plain or member.isdir(), f"--data {file} holds {shown}, {kind}: make it anew without")
+        if plain and not 0 <= member.size <= length - member.offset_data:
+            raise tarfile.ReadError(f"{shown} would end after the file itself")
         if plain and not is_left_out(path):
             yield member, path
     with file.open("rb") as opened:  # what is no header ends a tar too, without a word

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ddpm_fast.config import Config
 from ddpm_fast.errors import InputError
-from ddpm_fast.files import replace_file, whole, write_synced
+from ddpm_fast.files import parse_json, replace_file, whole, write_synced
 from ddpm_fast.flags import from_dict, to_dict
 
 FORMAT, FORMAT_WITHOUT_DIGESTS = "ddpm-fast checkpoint 2", "ddpm-fast checkpoint 1"
@@ -139,7 +139,7 @@ def _unsealed(data: bytes) -> dict[str, Any]:
         ValueError: it is none.
         InputError: it is damaged.
     """
-    state = json.loads(data)
+    state = parse_json(data)
     formats = (FORMAT, FORMAT_WITHOUT_DIGESTS)
     if not isinstance(state, dict) or state.get("format") not in formats:
         raise ValueError(f"its format is not {FORMAT!r}")

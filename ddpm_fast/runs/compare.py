@@ -60,7 +60,7 @@ class RecordedRun:
     @property
     def images_per_s(self) -> float | None:
         """Training's rate: the median over the logging intervals but the first, which starts things up."""
-        rates = [line["wall"]["images_per_s"] for line in self.metrics if "wall" in line]
+        rates = [line["wall"]["images_per_s"] for line in self.metrics if "images_per_s" in (line.get("wall") or {})]
         return statistics.median(rates[1:] or rates) if rates else None
 
 

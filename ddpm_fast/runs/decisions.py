@@ -17,7 +17,7 @@ from ddpm_fast.config import TrainingConfig
 from ddpm_fast.engine.execution import Execution, choose_device, choose_dtype, choose_execution
 from ddpm_fast.engine.threads import USERS, choose_threads
 from ddpm_fast.errors import InputError, require_types
-from ddpm_fast.files import replace_file
+from ddpm_fast.files import parse_json, replace_file
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def decide(training: TrainingConfig) -> Decisions:
 def read(run: Path) -> Decisions | None:
     """Return what a run decided; None where its config.json does not say."""
     try:
-        return Decisions(**json.loads((run / "config.json").read_text())["decided"])
+        return Decisions(**parse_json((run / "config.json").read_text())["decided"])
     except (OSError, ValueError, KeyError, TypeError, InputError):
         return None
 
@@ -77,7 +77,7 @@ def keep_accumulate(run: Path, parts: int) -> None:
         InputError: it cannot be written.
     """
     if read(run) is not None:
-        values = json.loads((run / "config.json").read_text())
+        values = parse_json((run / "config.json").read_text())
         values["decided"]["accumulate"] = parts
         replace_file(run / "config.json", (json.dumps(values, indent=2) + "\n").encode())
 

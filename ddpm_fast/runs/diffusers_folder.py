@@ -7,7 +7,6 @@ A UNet2DModel's folder alone is read, too, and older pipelines, which keep all i
 what ours would, our configuration is taken from ddpm-fast.json, which says more; where they were edited, they hold.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from ddpm_fast.config import Config
 from ddpm_fast.diffusion.convert import process_and_sampler, scheduler_fields
 from ddpm_fast.errors import InputError, require
-from ddpm_fast.files import whole, write_synced
+from ddpm_fast.files import parse_json, whole, write_synced
 from ddpm_fast.flags import from_dict, to_dict
 from ddpm_fast.model.convert import new_names, unet_config, unet_fields
 from ddpm_fast.runs import checkpoint
@@ -68,7 +67,7 @@ def _unreadable(file: Path, error: Exception) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text())
+        values = parse_json(file.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({str(error).splitlines()[0]})") from None
     require(isinstance(values, dict), f"{file} is no object")

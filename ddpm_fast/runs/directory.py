@@ -26,7 +26,7 @@ import torch
 from ddpm_fast import __version__
 from ddpm_fast.config import MAY_CHANGE, Config
 from ddpm_fast.errors import InputError, flag
-from ddpm_fast.files import clear_left_overs, replace_file, writing
+from ddpm_fast.files import clear_left_overs, parse_json, replace_file, writing
 from ddpm_fast.flags import changed_flags, from_dict, to_dict
 from ddpm_fast.runs import checkpoint, evaluation, grids, lock
 
@@ -39,7 +39,7 @@ def read_config(run: Path) -> tuple[Config, str] | None:
     """
     file = run / "config.json"
     try:
-        values = json.loads(file.read_text())
+        values = parse_json(file.read_text())
     except (OSError, ValueError):
         return None
     try:
@@ -93,7 +93,7 @@ def where_data_is(run: Path, config: Config) -> Config:
     That is where it was named, seen from the directory of today; if nothing is there, where it was when the run began.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        path = json.loads((run / "config.json").read_text())["data_path"]
+        path = parse_json((run / "config.json").read_text())["data_path"]
         if not Path(config.data.data).exists():
             return replace(config, data=replace(config.data, data=str(path)))
     return config
@@ -218,9 +218,14 @@ def _metrics_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the lines of metrics.jsonl with what they say; a torn one is left out."""
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
-            values = json.loads(line)
-            int(values["step"])  # a line without its step is none of ours
-            yield line, values
+            values = parse_json(line)
+            if type(values["step"]) is int and all(map(_is_of_numbers, map(values.get, ("wall", "quality")))):
+                yield line, values  # another line is none of ours
+
+
+def _is_of_numbers(part: Any) -> bool:
+    numbers = isinstance(part, dict) and all(isinstance(value, int | float) for value in part.values())
+    return part is None or numbers
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

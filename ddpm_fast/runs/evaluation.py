@@ -237,7 +237,12 @@ def read(run: Path, step: int) -> Evaluation | None:
         image, log_snr = tensors.pop("image"), tensors.pop("log_snr")
     except (OSError, KeyError, safetensors.SafetensorError):
         return None
-    return Evaluation(tensors, image, log_snr) if {"ema", "raw"} <= tensors.keys() else None
+    wanted = dict.fromkeys(("ema", "raw"), torch.float32)
+    found = {"image": image, "log_snr": log_snr, **tensors}
+    kinds = {"image": torch.int64, "log_snr": torch.float32, **wanted}
+    fits = found.keys() >= kinds.keys() and all(found[name].dtype == kinds[name] for name in kinds)
+    same = {tuple(each.shape) for each in found.values()} == {(image.numel(),)}
+    return Evaluation(tensors, image, log_snr) if fits and same and image.numel() else None
 
 
 def cut_back(run: Path, step: int) -> None:

@@ -1,11 +1,11 @@
 """A model card: what a model makes, how it was made and how good it is, as a README.md for the Hugging Face hub."""
 
 import contextlib
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
+from ddpm_fast.files import parse_json
 from ddpm_fast.runs import checkpoint, origin
 from ddpm_fast.runs.directory import read_metrics
 
@@ -81,12 +81,12 @@ def _figures(run: Path, step: int) -> dict[str, Any]:
     """Return what was measured of a run up to a step: its loss, and the quality of its samples."""
     lines = [line for line in read_metrics(run) if line["step"] <= step]
     figures: dict[str, Any] = {}
-    if lines:
+    if lines and isinstance(lines[-1].get("loss"), int | float):
         figures["training loss"] = f"{lines[-1]['loss']:.4f} at step {lines[-1]['step']:,}"
-    scores = [(line["step"], line["quality"]) for line in lines if "quality" in line]
+    scores = [(line["step"], line["quality"]) for line in lines if line.get("quality")]
     for file in sorted((run / "quality").glob(f"step-{step:07d}-*.json")):
         with contextlib.suppress(ValueError, KeyError):  # a torn one
-            values = json.loads(file.read_text())
+            values = parse_json(file.read_text())
             scores.append((values["step"], values["scores"]))
     for at, found in scores[-1:]:
         figures |= {name: f"{value:.4g} at step {at:,}" for name, value in found.items()}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ddpm_fast import __version__
-from ddpm_fast.files import replace_file
+from ddpm_fast.files import parse_json, replace_file
 
 PACKAGE = Path(__file__).parents[1]
 DECIDES_IMAGES = ("diffusion/", "model/", "ops/", "kernels/", "engine/", "constants.py")
@@ -35,7 +35,7 @@ EARLIEST = (1980, 1, 1, 0, 0, 0)
 
 LARGEST_SOURCES = 50_000_000
 """Bytes; a file that unpacks to more is none of ours."""
-DAMAGED = (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What reading JSON or a zip file that was damaged may raise."""
 
 Sources = dict[str, str]
@@ -171,11 +171,13 @@ def read(run: Path) -> Origin | None:
         return None
     file = records[-1]
     try:
-        facts = json.loads(file.read_text())
+        facts = parse_json(file.read_text())
         with zipfile.ZipFile(file.with_suffix(".zip")) as archive:
             if sum(member.file_size for member in archive.infolist()) > LARGEST_SOURCES:
                 return None
             sources = {name: archive.read(name).decode() for name in sorted(archive.namelist())}
+        if not isinstance(facts.get("versions", {}), dict):
+            return None
         return Origin(int(file.stem.removeprefix("step-")), dict(facts), sources)
     except DAMAGED:
         return None

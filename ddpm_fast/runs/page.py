@@ -75,7 +75,7 @@ def write_comparison(
         pictures_caption=caption,
         pictures_warning=of_other_steps(pictures),
     )
-    replace_file(path, page.encode())
+    replace_file(path, page.encode(errors="replace"))
 
 
 def _summary(run: RecordedRun, colour: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ Images are written as they are made, each whole or not at all: what a killed pro
 import contextlib
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from PIL import Image
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine.execution import choose_dtype
 from ddpm_fast.errors import InputError
-from ddpm_fast.files import replace_file
+from ddpm_fast.files import parse_json, replace_file
 from ddpm_fast.options import SampleFormat, SamplingOptions
 from ddpm_fast.runs import checkpoint, origin
 from ddpm_fast.runs.archives import Parts, pack
@@ -111,7 +110,7 @@ def differing(directory: Path, kind: Kind) -> str:
     if not file.exists():
         return "their samples.json is missing" if _holds_images(directory) else ""
     try:
-        there = dict(json.loads(file.read_text()))
+        there = dict(parse_json(file.read_text()))
     except (OSError, ValueError, TypeError):
         return "their samples.json cannot be read"
     unlike = [name for name, value in kind.items() if there.get(name) != value]

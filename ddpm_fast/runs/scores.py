@@ -94,7 +94,7 @@ def in_words(scores: Mapping[str, float], count: int) -> str:
 
 def side_by_side(base: RecordedRun, other: RecordedRun) -> list[str]:
     """Return the scores of two runs' samples at the last step at which both have some, as lines; none without."""
-    of_steps = [{line["step"]: line["quality"] for line in run.metrics if "quality" in line} for run in (base, other)]
+    of_steps = [{line["step"]: line["quality"] for line in run.metrics if line.get("quality")} for run in (base, other)]
     common = sorted(of_steps[0].keys() & of_steps[1].keys())
     if not common:
         return []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_fast.errors import InputError
-from ddpm_fast.files import replace_file
+from ddpm_fast.files import parse_json, replace_file
 from ddpm_fast.runs.compare import Difference, RecordedRun, differences
 
 NOT_SWEPT = ("preset", "seed", "data", "float-range", "skip-bad", "holdout", "height", "width", "image-channels")
@@ -60,7 +60,7 @@ def read_plan(directory: Path) -> Plan:
     """
     file = directory / "sweep.json"
     try:
-        values = json.loads(file.read_text())
+        values = parse_json(file.read_text())
         grid = {str(name): [str(value) for value in tried] for name, tried in values["grid"].items()}
         return Plan(str(values["against"]), grid)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -116,7 +116,7 @@ def _arguments(pairs: Sequence[tuple[str, str]]) -> list[str]:
 def verdict_of(run: Path) -> str | None:
     """Return the verdict of a run that has come to its end, or None."""
     try:
-        return str(json.loads((run / "verdict.json").read_text())["verdict"])
+        return str(parse_json((run / "verdict.json").read_text())["verdict"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
