@@ -32,9 +32,7 @@ JUNK = TEXTS.filter(lambda text: not text.startswith("hf:")) | st.sampled_from(
     ["--", "-", "-n", "-h", "--help", "=", "--=", "--out=", "--tyro-print-completion", "--version", "-1", "$(touch x)"]
 )
 VALUES = NUMBERS.map(str) | st.sampled_from(CHOICES) | JUNK
-TOML = (
-    b'preset = "digits"\nsteps = 30\nchannel_multipliers = [1, 2]\n\n[unet]\nchannels = 16\n\n[training]\nflip = true\n'
-)
+TOML = b'preset = "digits"\nsteps = 30\n\n[unet]\nchannels = 16\nchannel_multipliers = [1, 2]\n\n[data]\nflip = true\n'
 
 
 def words(flags: list[str]) -> st.SearchStrategy[list[str]]:
@@ -77,7 +75,7 @@ class _NoSignals:
     def __exit__(self, *_: Any) -> None: ...
 
 
-@often(fast=100, slow=3000)
+@often(fast=50, slow=1000)
 def test_any_line_is_understood_or_refused_in_one_line(examples, nothing_done):
     count = {0: 0, 2: 0}
 
@@ -92,14 +90,14 @@ def test_any_line_is_understood_or_refused_in_one_line(examples, nothing_done):
     assert min(count.values()) > 3, count
 
 
-@often(fast=25, slow=1500)
+@often(fast=15, slow=300)
 def test_a_damaged_file_of_flags_is_understood_or_refused_by_its_name(examples, tmp_path_factory, nothing_done):
     file = tmp_path_factory.mktemp("flags") / "flags.toml"
     file.write_bytes(TOML)
-    assert said(["train", "--config", str(file)])[0] == 2  # of [training] flip is no part
+    assert said(["train", "--config", str(file)])[0] == 0
 
     @examples
-    @given(damaged(TOML.replace(b"[training]\nflip", b"[data]\nflip")) | st.sampled_from([b"a = " + b"[" * 100_000]))
+    @given(damaged(TOML) | st.sampled_from([b"a = " + b"[" * 100_000]))
     def check(data: bytes) -> None:
         file.write_bytes(data)
         status, line = said(["train", "--config", str(file)])

@@ -63,7 +63,6 @@ FORMATS |= {
     if features.check(part)
 }
 FORMATS = {name: data for name, data in FORMATS.items() if data}
-SUFFIXES = {"PNG": "png", "JPEG": "jpg", "GIF": "gif", "TIFF": "tif", "BMP": "bmp", "WEBP": "webp"}
 
 
 @often(fast=150, slow=6000)

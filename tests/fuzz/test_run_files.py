@@ -16,24 +16,10 @@ from ddpm_fast.runs import checkpoint
 from tests.fuzz.amounts import little_memory, often
 from tests.fuzz.mutations import damaged, exchanged
 from tests.fuzz.refusals import refused, said
-from tests.security.commands import TINY
 
 STATE = checkpoint.path_of(Path(), 3)
 JSON = ("config.json", "metrics.jsonl", "samples/dpm++-20-seed0/samples.json", "origin/step-0000000.json")
 TENSORS = tuple(STATE / f"{part}.safetensors" for part in checkpoint.TENSOR_FILES)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("whole") / "run"
-    for arguments in (["train", "--out", str(run), *TINY, "--log-every", "1"], ["sample", str(run), "-n", "2"]):
-        assert said(arguments)[0] == 0
-    return run
-
-
-@pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "run")
 
 
 @often(fast=60, slow=800)
@@ -141,7 +127,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@often(fast=8, slow=100)
+@often(fast=5, slow=60)
 def test_a_command_works_or_says_in_one_line_what_is_wrong(command, examples, whole, tmp_path, quick):
     count = [0]
 
