@@ -6,6 +6,7 @@ answers at once.
 """
 
 import contextlib
+import errno
 import gc
 import io
 import os
@@ -214,6 +215,10 @@ def run(arguments: list[str]) -> int:
             return known[first].run(rest)
     except InputError as error:
         return _say(error, 2)
+    except OSError as error:  # of a name that was given: wherever it is looked for, this is what comes of it
+        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES):
+            raise
+        return _say(f"{error.filename} cannot be read: {error.strerror}", 2)
     except MathematicsError as error:
         return _say(error, 3)
     except InterruptedRunError as interrupted:

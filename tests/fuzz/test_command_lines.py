@@ -75,7 +75,7 @@ class _NoSignals:
     def __exit__(self, *_: Any) -> None: ...
 
 
-@often(fast=50, slow=1000)
+@often(fast=50, slow=500)
 def test_any_line_is_understood_or_refused_in_one_line(examples, nothing_done):
     count = {0: 0, 2: 0}
 
@@ -90,7 +90,7 @@ def test_any_line_is_understood_or_refused_in_one_line(examples, nothing_done):
     assert min(count.values()) > 3, count
 
 
-@often(fast=15, slow=300)
+@often(fast=15, slow=150)
 def test_a_damaged_file_of_flags_is_understood_or_refused_by_its_name(examples, tmp_path_factory, nothing_done):
     file = tmp_path_factory.mktemp("flags") / "flags.toml"
     file.write_bytes(TOML)

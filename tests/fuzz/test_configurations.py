@@ -67,7 +67,7 @@ def any_of(cls: type) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("cls", [*PARTS, *OPTIONS], ids=lambda cls: cls.__name__)
-@often(fast=25, slow=600)
+@often(fast=25, slow=200)
 def test_any_values_are_a_configuration_or_a_sentence(cls, examples):
     count = [0, 0]
 
@@ -104,7 +104,7 @@ def test_what_is_valid_builds_and_has_its_tables(examples):
     assert len(built) > 3
 
 
-@often(fast=60, slow=1000)
+@often(fast=60, slow=400)
 def test_json_of_any_types_is_a_configuration_or_a_sentence(examples, tmp_path):
     values = json.loads(json.dumps(to_dict(make(3, tmp_path))))
 
@@ -125,7 +125,7 @@ TINY = st.builds(
 )
 
 
-@often(fast=1, slow=10)
+@often(fast=1, slow=6)
 def test_what_is_valid_trains_saves_loads_and_makes_the_same_images_twice(examples):
     @examples
     @given(TINY)

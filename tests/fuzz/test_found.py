@@ -135,6 +135,31 @@ def test_what_ghostscript_would_run_is_no_picture(tmp_path, monkeypatch):
     assert ran == []
 
 
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "ls",
+        "sample",
+        "evaluate",
+        "check",
+        "data",
+        "train --init",
+        "train --against",
+        "train --resume --out",
+        "train --data",
+    ],
+)
+def test_a_name_that_is_too_long_for_a_file(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, line = said([*arguments.split(), LONG])
+    assert status == 2
+    assert LONG in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_name_in_latest_that_no_file_can_have(copy):
     (copy / "checkpoints/latest").write_bytes(b"step\0\n")
     newest = checkpoint.newest_whole(copy)

@@ -65,7 +65,7 @@ FORMATS |= {
 FORMATS = {name: data for name, data in FORMATS.items() if data}
 
 
-@often(fast=150, slow=6000)
+@often(fast=150, slow=4000)
 def test_a_damaged_image_is_pixels_or_unusable(examples):
     seen = {"pixels": 0, "unusable": 0}
 
@@ -142,7 +142,7 @@ def tried(path: Path, data: bytes) -> bool:
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
-@often(fast=40, slow=700)
+@often(fast=40, slow=300)
 def test_a_damaged_file_of_many_images_is_a_data_set_or_a_sentence(name, examples, tmp_path):
     for data in SOURCES[name]:
         assert tried(tmp_path / name, data)
@@ -158,7 +158,7 @@ def test_a_damaged_file_of_many_images_is_a_data_set_or_a_sentence(name, example
     assert seen[False] > 5, seen
 
 
-@often(fast=40, slow=700)
+@often(fast=40, slow=300)
 def test_a_damaged_parquet_file_is_a_data_set_or_a_sentence(examples, tmp_path):
     whole = parquet()
     assert tried(tmp_path / "images.parquet", whole)

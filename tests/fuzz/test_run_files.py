@@ -22,7 +22,7 @@ JSON = ("config.json", "metrics.jsonl", "samples/dpm++-20-seed0/samples.json", "
 TENSORS = tuple(STATE / f"{part}.safetensors" for part in checkpoint.TENSOR_FILES)
 
 
-@often(fast=60, slow=800)
+@often(fast=60, slow=500)
 def test_a_damaged_file_of_a_checkpoint_is_refused_by_its_name(examples, copy):
     files = {name: (copy / name).read_bytes() for name in (*TENSORS, STATE / "state.json")}
 
@@ -58,7 +58,7 @@ def seal(file: Path, state: Any) -> None:
         file.write_text(json.dumps(state))
 
 
-@often(fast=40, slow=600)
+@often(fast=40, slow=300)
 def test_a_checkpoint_that_lies_though_its_digests_fit_is_refused_by_its_name(examples, copy):
     from ddpm_fast.runs.trained_model import unet_of
 
@@ -127,7 +127,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@often(fast=5, slow=60)
+@often(fast=5, slow=30)
 def test_a_command_works_or_says_in_one_line_what_is_wrong(command, examples, whole, tmp_path, quick):
     count = [0]
 
