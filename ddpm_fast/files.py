@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import glob
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +67,7 @@ def whole(path: Path, sync: bool = True, remedy: str = ANOTHER_OUT) -> Iterator[
     Raises:
         InputError: it cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{platform.node()}.{os.getpid()}.tmp{path.suffix}")
     old = temporary.with_name(f"{temporary.name}.old")
     with writing(path, remedy):
         try:
@@ -114,9 +116,30 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def clear_left_overs(directory: Path) -> None:
-    """Remove what a process that was killed had begun to put into a directory by `whole`."""
+    """Remove what a process that was killed had begun to put into a directory by `whole`; nobody else writes to it."""
     for entry in directory.glob(".*.[0-9]*.tmp*"):
         _remove(entry)
+
+
+def clear_left_overs_of_the_dead(directory: Path) -> None:
+    """Remove the same from a directory to which others may be writing: what processes of this machine left that ended.
+
+    Does nothing where no process can be asked whether it runs, as on Windows.
+    """
+    for entry in directory.glob(f".*.{glob.escape(platform.node())}.[0-9]*.tmp*") if os.name == "posix" else ():
+        number = entry.name.partition(".tmp")[0].rpartition(".")[2]
+        if number.isdecimal() and not _is_running(int(number)):
+            _remove(entry)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # which sends nothing
+    except PermissionError:  # it is another user's
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_fast.errors import InputError
-from ddpm_fast.files import cache_directory, whole
+from ddpm_fast.files import cache_directory, clear_left_overs_of_the_dead, whole
 from ddpm_fast.progress import Progress
 
 Item = TypeVar("Item")
@@ -67,11 +67,12 @@ def read_back(key: str, count: int, shape: Shape) -> NDArray[np.uint8]:
 
 
 def build(key: str, count: int, shape: Shape, fill: Callable[[NDArray[np.uint8]], None]) -> None:
-    """Write a store into the cache, whole or not at all.
+    """Write a store into the cache, whole or not at all; what others were killed at, gigabytes maybe, makes room first.
 
     Raises:
         InputError: it cannot be written, or `fill` raised it; nothing is left behind.
     """
+    clear_left_overs_of_the_dead(cache_directory())
     with whole(cache_directory() / f"{key}.npy", remedy="set XDG_CACHE_HOME elsewhere") as temporary:
         store = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, *shape))
         if hasattr(os, "posix_fallocate"):  # a full disk shows here, and not as SIGBUS in a page of a sparse file

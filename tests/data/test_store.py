@@ -1,7 +1,10 @@
 """A store stays as it was read: whatever its source's owner does, and however many write the same one at once."""
 
+import os
+import platform
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -115,3 +118,28 @@ def test_an_array_may_be_larger_than_memory(tmp_path, monkeypatch, kind, shape, 
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < (tmp_path / "a.npy").stat().st_size / 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs to ask whether a process runs")
+def test_what_a_killed_process_left_is_removed_and_what_others_write_stays(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(100):
+        Image.fromarray(PIXELS[i % 7]).save(tmp_path / f"images/{i}.png")
+    killed = subprocess.Popen([sys.executable, "-c", SLOWED_DOWN, str(tmp_path / "images")], stdin=-1, cwd=ROOT)
+    assert killed.stdin is not None
+    killed.stdin.write(b"\n")
+    killed.stdin.flush()
+    while not (left := list(cache_directory().glob("*.npy"))):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    killed.stdin.close()
+    assert [file.name for file in left] == [file.name for file in cache_directory().glob(".*.tmp.npy")]
+    here, there = (left[0].name.replace(f".{killed.pid}.", other) for other in (f".{os.getpid()}.", ".1."))
+    others = [here, there.replace(platform.node(), "elsewhere")]
+    for name in others:
+        (cache_directory() / name).write_bytes(b"half of one")
+    np.save(tmp_path / "a.npy", PIXELS)
+    key = opened(tmp_path / "a.npy").fingerprint
+    assert {file.name for file in cache_directory().iterdir()} == {f"{key}.npy", *others}
