@@ -30,7 +30,7 @@ from ddpm_fast.runs.accelerated import AcceleratedPipeline
 from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
 from ddpm_fast.runs.compare import open_run, what_will_differ
 from ddpm_fast.runs.decisions import settle
-from ddpm_fast.runs.device import enough_memory, prepare_device
+from ddpm_fast.runs.device import enough_memory, prepare_device, require_precision
 from ddpm_fast.runs.directory import find_start, holds_run, read_config, read_metrics, recorded, where_data_is
 from ddpm_fast.runs.initial import initial_weights, with_network_of
 from ddpm_fast.runs.lock import locked
@@ -226,6 +226,7 @@ def _train_in(
     """Train in a directory that no other run is in."""
     training, resume = config.training, start.resume
     device = prepare_device(training.device, training.precision)
+    require_precision(training.precision, device)
     if device.type == "cuda":
         set_deterministic(training.deterministic)
     like = directory if resume else Path(start.against) if start.against else None

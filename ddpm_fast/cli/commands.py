@@ -17,7 +17,7 @@ from ddpm_fast.presets import AUTO
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.auto import outlook
 from ddpm_fast.runs.decisions import settle
-from ddpm_fast.runs.device import prepare_device
+from ddpm_fast.runs.device import prepare_device, require_precision
 from ddpm_fast.runs.directory import where_data_is
 
 
@@ -35,7 +35,8 @@ def train(config: Config, start: StartOptions) -> int:
 
 def dry_run(config: Config) -> int:
     """Say what would be trained, and how long it would take; returns the exit status."""
-    prepare_device(config.training.device, config.training.precision)
+    device = prepare_device(config.training.device, config.training.precision)
+    require_precision(config.training.precision, device)
     if config.preset != AUTO.preset:  # a plan has looked at the images
         print(f"{config.data.data}: {survey(config.data)}")
     decided, _ = settle(config.training, None)

@@ -26,7 +26,7 @@ from ddpm_fast.data.labels import Labels
 from ddpm_fast.data.parquet import asked_columns, require_extra
 from ddpm_fast.data.pictures import Decoded, Source, open_pictures
 from ddpm_fast.data.store import STORE_VERSION, Shape, digest
-from ddpm_fast.errors import InputError, nearest
+from ddpm_fast.errors import InputError, flag, nearest, require
 
 WHAT = "a folder of images, a .npy, .npz, .parquet or .tar file, or hf:NAME of the Hugging Face hub"
 ARRAYS, PARQUET, TAR = (".npy", ".npz"), ".parquet", ".tar"
@@ -86,12 +86,22 @@ def pictures_of(data: DataConfig, progress: bool = False) -> tuple[Source | None
     if not data.data:
         raise InputError(f"this preset has no data of its own: name --data, {WHAT}")
     if data.data == "digits":
+        _require_no_column(data)
         return None, ""
     if (name := hub_name(data.data)) and not _is_there(data.data):
         require_extra(data.data, "huggingface_hub")
         return hub_source(name, data, progress)
     path = _readable(Path(data.data))
-    return (None if path.suffix.lower() in ARRAYS and path.is_file() else _source(path, data, progress)), ""
+    if path.suffix.lower() in ARRAYS and path.is_file():
+        _require_no_column(data)
+        return None, ""
+    return _source(path, data, progress), ""
+
+
+def _require_no_column(data: DataConfig) -> None:
+    for name in ("image_column", "label_column"):
+        value = getattr(data, name)
+        require(not value, f"{flag(name)} {value} is for .parquet and .tar files: --data {data.data} has no columns")
 
 
 def _is_there(data: str) -> bool:
@@ -113,6 +123,7 @@ def _readable(path: Path) -> Path:
 def _source(path: Path, data: DataConfig, progress: bool) -> Source:
     """Return the encoded pictures of a folder, or of a file or a folder of files that hold many."""
     if path.is_dir() and (files := files_of(path)):
+        _require_no_column(data)
         return picture_folder(data.data, path, files, progress)
     for suffix, look_through in (PARQUET, parquet.look_through), (TAR, tar.look_through):
         folder, files = (path, files_of(path, suffix)) if path.is_dir() else (path.parent, [path])

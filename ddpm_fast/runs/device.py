@@ -8,7 +8,7 @@ import torch
 from ddpm_fast.config import Precision
 from ddpm_fast.engine.execution import choose_device, disable_malloc_trim, set_tf32
 from ddpm_fast.engine.memory import free_memory, is_out_of_memory
-from ddpm_fast.errors import InputError, NotEnoughMemoryError
+from ddpm_fast.errors import InputError, NotEnoughMemoryError, require
 
 
 def prepare_device(name: str, precision: Precision) -> torch.device:
@@ -22,6 +22,18 @@ def prepare_device(name: str, precision: Precision) -> torch.device:
     set_tf32(precision)
     disable_malloc_trim()
     return choose_device(name)
+
+
+def require_precision(precision: Precision, device: torch.device) -> None:
+    """Refuse TF32 where it would be ignored.
+
+    Raises:
+        InputError: it is asked for on another device than a GPU.
+    """
+    require(
+        precision != "tf32" or device.type == "cuda",
+        f"--precision tf32 is an NVIDIA GPU's, and this is computed on {device}: leave it out, or say --precision fp32",
+    )
 
 
 @contextmanager

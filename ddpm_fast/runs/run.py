@@ -117,6 +117,8 @@ class Run:
                     with self.progress.doing("compiling the training step: a minute, the first time", seconds=60):
                         self._in_parts_that_fit(trainer.compile)
                 self._do_what_is_due()  # of a step after which the run was interrupted
+                if self.signals.asked_before:
+                    say("SIGUSR1 came before training: the next step is saved and drawn")
                 while not self.finished:
                     self._in_parts_that_fit(trainer.train_step_no_sync)
                     self.progress.step_done()
@@ -163,8 +165,7 @@ class Run:
         return scores.is_due(self.trainer.step, self.config.training, self.finished)
 
     def _evaluation_is_due(self) -> bool:
-        step = self.trainer.step
-        return step == self.config.training.steps or is_due(step, self.config)
+        return self.trainer.step == self.config.training.steps or is_due(self.trainer.step, self.config)
 
     def _scores_are_missing(self) -> bool:
         return self._scores_are_due() and scores.is_missing(self.directory, self.trainer.step)
@@ -203,8 +204,7 @@ class Run:
                 lambda: self.evaluation_set.evaluate(self.trainer), self.evaluation_set.halve_batches
             )
             evaluation.write(self.directory, self.trainer.step, evaluated)
-        apart = self.judge and self.judge.look(self.trainer.step, evaluated)
-        if apart:
+        if apart := self.judge and self.judge.look(self.trainer.step, evaluated):
             say(f"step {self.trainer.step:,}: {apart}")
         return evaluated
 

@@ -38,6 +38,9 @@ class Signals:
         self._before = {number: signal.signal(number, self._arrived) for number in NUMBERS if main}
         if main and ASKS is not None:
             self._before[ASKS] = signal.signal(ASKS, self._note)
+            around = getattr(self._before[ASKS], "__self__", None)
+            if isinstance(around, Signals):
+                self._asked |= around.asked()  # before this block: what was asked is not forgotten
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -61,6 +64,11 @@ class Signals:
         """Return whether SIGUSR1 arrived since this was called last."""
         asked, self._asked = self._asked, False
         return asked
+
+    @property
+    def asked_before(self) -> bool:
+        """Return whether SIGUSR1 has arrived and nobody has called `asked` since."""
+        return self._asked
 
     @contextmanager
     def held(self) -> Iterator[None]:

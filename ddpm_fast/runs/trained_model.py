@@ -17,13 +17,13 @@ from ddpm_fast.diffusion.samplers import sampler_table
 from ddpm_fast.engine.execution import Execution, choose_dtype, choose_execution, set_tf32
 from ddpm_fast.engine.sampling import ImageRange, OnStep, SamplingLoop
 from ddpm_fast.engine.sampling import stream as stream_images
-from ddpm_fast.errors import InputError, require, require_known
+from ddpm_fast.errors import InputError, require_known
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.ops import choose_ops
 from ddpm_fast.options import LoadOptions, SamplingOptions
 from ddpm_fast.runs import checkpoint, diffusers_folder
 from ddpm_fast.runs.asked import labels_asked, require_fitting
-from ddpm_fast.runs.device import enough_memory, prepare_device
+from ddpm_fast.runs.device import enough_memory, prepare_device, require_precision
 from ddpm_fast.runs.grids import Images, to_uint8
 
 Options = TypeVar("Options", LoadOptions, SamplingOptions)
@@ -96,8 +96,7 @@ class Model:
         self.fingerprint, self.files = found.fingerprint, found.files(part)
         self.home = diffusers_folder.home_of(run, found)
         self.device = prepare_device(options.device, options.precision)
-        fits = options.precision != "tf32" or self.device.type == "cuda"
-        require(fits, f"--precision tf32 is an NVIDIA GPU's, and this is computed on {self.device}: leave it out")
+        require_precision(options.precision, self.device)
         unet = unet_of(found, part).to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.unet = unet.requires_grad_(False).eval().use(choose_ops(options.kernels, self.device))
         self.loop: SamplingLoop | None = None

@@ -125,6 +125,8 @@ def test_built_in_digits_can_be_planned_too(capsys):
         ("train --data x --lr 3", "Did you mean '--learning-rate'?"),
         ("train --resume --out x --minutes 5", "--minutes 5 plans a new run, but --resume"),
         ("check --data nowhere", "nowhere does not exist"),
+        ("train --precision tf32 --device cpu", "tf32 is an NVIDIA GPU's, and this is computed on cpu: leave it out"),
+        ("train --precision tf32 --device cpu --dry-run", "on cpu: leave it out, or say --precision fp32"),
         ("train --preset aut", "Did you mean 'auto'?"),
     ],
 )

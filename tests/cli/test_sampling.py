@@ -264,7 +264,7 @@ def test_a_signal_says_how_many_are_missing(trained, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--precision tf32", "--precision tf32 is an NVIDIA GPU's, and this is computed on cpu: leave it out"),
+        ("--precision tf32", "--precision tf32 is an NVIDIA GPU's, and this is computed on cpu: leave it out, or say"),
         ("--format zip", "'png', 'npz', 'tar'"),
     ],
 )

@@ -248,3 +248,13 @@ def test_a_store_owns_its_space_before_it_is_filled():
 
     store.build("key", 1000, (32, 32, 3), fill)
     assert allocated[0] >= 1000 * 32 * 32 * 3
+
+
+@pytest.mark.parametrize("column", ["image_column", "label_column"])
+def test_columns_of_what_has_none_are_refused(tmp_path, column):
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((4, 6, 3), dtype=np.uint8)).save(tmp_path / "images/a.png")
+    np.save(tmp_path / "a.npy", np.zeros((1, 4, 6, 3), dtype=np.uint8))
+    for name in (str(tmp_path / "images"), str(tmp_path / "a.npy"), "digits"):
+        with pytest.raises(InputError, match=f"--{column.replace('_', '-')} x is for .parquet and .tar files: --data"):
+            open_dataset(replace(DataConfig(data=name), **{column: "x"}), RGB)

@@ -111,3 +111,14 @@ def test_it_ends_nothing_and_is_remembered_once():
         assert signals.asked()
         assert not signals.asked()
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_what_is_asked_before_training_is_done_after_its_first_step(undisturbed, tmp_path, capsys):
+    with Signals():  # the command's, during the checks
+        os.kill(os.getpid(), signal.SIGUSR1)
+        run(tmp_path / "run").train()
+    out = capsys.readouterr().out
+    assert "SIGUSR1 came before training: the next step is saved and drawn\n" in out
+    assert out.count("step 1: saved and drawn, see ") == out.count("as SIGUSR1 asked") == 1
+    assert (tmp_path / "run/checkpoints/step-0000001").is_dir()
+    assert numbers(tmp_path / "run", 12) == numbers(undisturbed, 12)
