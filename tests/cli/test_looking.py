@@ -61,10 +61,10 @@ def test_what_is_in_a_folder_is_said_and_drawn_and_nothing_else_is_written(zoo, 
         assert picture.info["Software"] == "ddpm-fast data"
     (line,) = [line for line in out.splitlines() if line.startswith("ddpm-fast train")]
     config = cli.parse_train(shlex.split(line)[2:]).config
-    assert (config.data.skip_bad, config.unet.height, config.unet.image_channels) == (True, 16, 3)
+    assert (config.data.skip_bad, config.unet.height, config.unet.image_channels) == (True, 8, 3)
     assert {entry.name for entry in tmp_path.iterdir()} == {"zoo", "data.png"}
     before = Path("data.png").read_bytes()
-    assert run("data zoo --height 8", capsys)[0] == 0  # its own is replaced
+    assert run("data zoo --height 16", capsys)[0] == 0  # its own is replaced
     assert Path("data.png").read_bytes() != before
 
 
