@@ -18,9 +18,20 @@ def is_left_out(path: PurePath) -> bool:
     return any(part.startswith(".") or part in LEFT_BY_OTHERS for part in path.parts)
 
 
+def _runs_in(folder: Path, found: list[Path]) -> set[Path]:
+    """Return the run directories among what is in a folder: their grids are made from its pictures, and none of them.
+
+    A run that began in its own data would otherwise not find the same data again.
+    """
+    parents = {file.parent for file in found if file.name == "checkpoints" and file.is_dir()}
+    return {parent for parent in parents if parent != folder and (parent / "config.json").is_file()}
+
+
 def files_of(folder: Path, *suffixes: str) -> list[Path]:
     """Return the files of a folder, and of all folders in it, that have one of these endings; without any, pictures."""
-    found = (file for file in folder.rglob("*") if not is_left_out(file.relative_to(folder)))
+    found = [file for file in folder.rglob("*") if not is_left_out(file.relative_to(folder))]
+    if runs := _runs_in(folder, found):
+        found = [file for file in found if runs.isdisjoint(file.parents)]
     return sorted(
         file for file in found if (file.suffix.lower() in suffixes if suffixes else is_picture(file)) and file.is_file()
     )

@@ -97,6 +97,19 @@ def test_what_archivers_and_file_managers_leave_is_no_image(tmp_path):
     assert len(opened(tmp_path / ".git")) == 1  # named itself, it is meant
 
 
+def test_the_grids_of_a_run_that_lies_in_its_data_are_no_images(tmp_path):
+    plain((1, 2, 3)).save(tmp_path / "a.png")
+    before = opened(tmp_path).fingerprint
+    samples = tmp_path / "runs/mine/samples"
+    for folder in (samples, samples.with_name("checkpoints")):
+        folder.mkdir(parents=True)
+    plain((4, 5, 6)).save(samples / "data.png")
+    assert len(opened(tmp_path)) == 2  # without its configuration it is any folder
+    (samples.parent / "config.json").write_text("{}")
+    assert opened(tmp_path).fingerprint == before
+    assert len(opened(samples.parent)) == len(opened(samples)) == 1  # named itself, it is meant
+
+
 def broken_folder(tmp_path: Path) -> Path:
     plain((1, 2, 3)).save(tmp_path / "good.png")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
