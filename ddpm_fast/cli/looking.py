@@ -32,6 +32,8 @@ def look(arguments: DataArguments) -> int:
     """Look at images, say what is found, and draw them; returns the exit status."""
     path = Path(arguments.out)
     require_ours(path)
+    inside = Path(arguments.data).is_dir() and path.resolve().is_relative_to(Path(arguments.data).resolve())
+    require(not inside, f"--out {path} lies in {arguments.data}, and would be one of its images: name another")
     require_writable(path.parent)
     progress = sys.stderr.isatty()
     columns = {name: getattr(arguments, name) for name in ("image_column", "label_column", "float_range")}

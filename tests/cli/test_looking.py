@@ -43,6 +43,13 @@ def zoo() -> Path:
     return folder
 
 
+def test_the_picture_is_not_put_among_those_that_it_shows(zoo, monkeypatch, capsys):
+    monkeypatch.chdir(zoo)
+    assert "--out data.png lies in ., and would be one of its images: name another" in refused("data .", capsys)
+    assert not Path("data.png").exists()
+    assert run("data . --out ../data.png", capsys)[0] == 0
+
+
 def test_what_is_in_a_folder_is_said_and_drawn_and_nothing_else_is_written(zoo, tmp_path, capsys):
     status, out, _ = run("data zoo", capsys)
     assert status == 0
