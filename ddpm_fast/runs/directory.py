@@ -215,12 +215,12 @@ def prepare(run: Path, config: Config, fingerprint: str, step: int, decided: Map
 
 
 def _metrics_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the lines of metrics.jsonl with what they say; a torn one is left out."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+    """Yield the lines of metrics.jsonl with what they say; a torn or damaged one is left out."""
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):  # a ValueError, too, if not UTF-8
             values = parse_json(line)
             if type(values["step"]) is int and all(map(_is_of_numbers, map(values.get, ("wall", "quality")))):
-                yield line, values  # another line is none of ours
+                yield line.decode(), values  # another line is none of ours
 
 
 def _is_of_numbers(part: Any) -> bool:

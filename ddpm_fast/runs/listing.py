@@ -86,6 +86,9 @@ def state_of(run: Path) -> RunState:
         wrong.append(str(error).removeprefix(f"{run}/"))
     try:
         metrics = read_metrics(run)
+        (run / "metrics.jsonl").read_text()  # whose damaged lines are left out silently
+    except FileNotFoundError:
+        pass  # nothing has been logged yet
     except (OSError, ValueError) as error:
         wrong.append(f"metrics.jsonl cannot be read ({error})")
     saved, broken = _checkpoints(run)

@@ -19,7 +19,7 @@ from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.errors import InputError
 from ddpm_fast.options import StartOptions
 from ddpm_fast.runs import checkpoint
-from ddpm_fast.runs.directory import check_resumable, read_config
+from ddpm_fast.runs.directory import check_resumable, read_config, read_metrics
 from ddpm_fast.runs.lock import locked
 from tests.runs.test_run import DATA, TINY, files, metrics, run
 
@@ -135,6 +135,15 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_at_step_0_and_say
     resumed(tmp_path)
     assert "stopped before its first checkpoint, starting at step 0" in capsys.readouterr().out
     assert files(tmp_path / "checkpoints/step-0000006") == files(finished / "checkpoints/step-0000006")
+
+
+def test_a_damaged_line_of_the_metrics_costs_that_line_and_no_run(trained, finished):
+    steps = [line["step"] for line in metrics(finished)]
+    lines = (trained / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (trained / "metrics.jsonl").write_bytes(b"".join((lines[0].replace(b"loss", b"lo\xffs"), *lines[1:])))
+    assert [line["step"] for line in read_metrics(trained)] == [line["step"] for line in map(json.loads, lines[1:])]
+    resumed(trained, with_training(TINY, steps=8))
+    assert [line["step"] for line in metrics(trained)][: len(steps) - 1] == steps[1:]
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn"])
