@@ -36,6 +36,8 @@ GRID_IMAGES = 100
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 """A PNG's last 12 bytes: what lacks them was torn by a machine that lost its power."""
 ONE_BY_ONE = re.compile(r"\d{6,10}\.png")
+WRITTEN = ("images.npz", "images.tar", "grid.png", "parts")
+"""What else is written or taken up again, and in a directory without a samples.json is somebody's own."""
 DIGESTS = {"checkpoint_digest": "other weights", "code_digest": "other code", "guide_digest": "another guide"}
 """What a difference of these means, whose values tell nobody anything."""
 
@@ -130,7 +132,7 @@ def require_same_kind(directory: Path, kind: Kind) -> None:
 
 def _holds_images(directory: Path) -> bool:
     files = directory.iterdir() if directory.is_dir() else ()
-    return any(ONE_BY_ONE.fullmatch(file.name) or file.name in ("images.npz", "images.tar", "parts") for file in files)
+    return any(ONE_BY_ONE.fullmatch(file.name) or file.name in WRITTEN for file in files)
 
 
 def _is_whole(png: Path) -> bool:
