@@ -38,7 +38,7 @@ PRESETS: dict[str, Config] = {
         preset="mnist",
         unet=UNetConfig(1, 28, 28, 16, (1, 2, 4), res_blocks=1, attention_resolutions=(), groups=8),
         diffusion=_FAST,
-        training=_in_minutes(1000),
+        training=_in_minutes(2000),
         sampling=SamplerConfig("dpm++", 10),
     ),
     # A thousand or two of small pictures in minutes: of 1,431 emoji it learns colours and outlines, and no details yet.

@@ -1,6 +1,5 @@
 """A directory of samples that something else has been at."""
 
-from pathlib import Path
 
 import pytest
 
