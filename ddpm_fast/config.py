@@ -82,7 +82,7 @@ class UNetConfig:
             message = f"{width} channels do not divide into heads of {self.head_channels}: change --head-channels"
             require(width % self.head_channels == 0 or not (attends or level == levels - 1), message)
         fits = self.num_classes == "auto" or 0 <= self.num_classes <= 2**20
-        require(fits, f"--num-classes is {self.num_classes}: it must lie in 0..{2**20}")
+        require(fits, f"--num-classes is {self.num_classes}: negative, or more than {2**20}")
 
     @property
     def classes(self) -> int:

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -44,6 +45,8 @@ def values_of(field: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
         choices = get_args(get_args(kind)[0])
         entries = st.sampled_from(choices) if choices else SMALL
         meant: st.SearchStrategy[Any] = st.lists(entries, max_size=4).map(tuple)
+    elif get_origin(kind) is UnionType:  # a number, or "auto"
+        meant = SMALL | st.just("auto")
     elif get_args(kind):
         meant = st.sampled_from(get_args(kind))
     elif kind is int:
