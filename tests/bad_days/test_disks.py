@@ -81,9 +81,9 @@ def hidden(place: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("training", "evaluates", "names"),
     [
-        ({"log_every": 3}, False, "metrics.jsonl"),
+        pytest.param({"log_every": 3}, False, "metrics.jsonl", marks=pytest.mark.slow),
         ({"save_every": 1}, False, "checkpoints"),
-        ({}, True, "evaluation|run: "),
+        pytest.param({}, True, "evaluation|run: ", marks=pytest.mark.slow),
         ({"sample_every": 3}, False, "samples"),
     ],
     ids=["metrics", "checkpoint", "evaluation", "preview"],

@@ -78,8 +78,8 @@ def test_a_folder_without_a_preset_is_planned_trained_and_never_planned_anew(pho
     "flags",
     [
         "",
-        "--minutes 5",
-        "--height 16 --channels 20 --flip",
+        pytest.param("--minutes 5", marks=pytest.mark.slow),
+        pytest.param("--height 16 --channels 20 --flip", marks=pytest.mark.slow),
         "--preset auto --image-channels 4 --learning-rate 1e-3 --seed 7 --no-compile",
         "--channel-multipliers 1 --attention-resolutions --accept ema loss",
     ],

@@ -123,7 +123,7 @@ def states(made: Trainer) -> dict[str, Tensor]:
     return {f"{part}.{name}": each.clone() for part, found in made.state().items() for name, each in found.items()}
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["cpu", "python", "gpu"])
+@pytest.mark.parametrize("error", [ERRORS[0], *(pytest.param(error, marks=pytest.mark.slow) for error in ERRORS[1:])])
 @pytest.mark.parametrize("fail", [fail_forwards, fail_backwards])
 def test_a_step_that_does_not_fit_is_taken_in_smaller_parts(
     fail: Callable[[Trainer, int, Exception], None], error: Exception
@@ -209,7 +209,9 @@ def loop() -> SamplingLoop:
     return SamplingLoop(unet, sampler_table(CONFIG.diffusion, SamplerConfig("ddim", 4)))
 
 
-@pytest.mark.parametrize(("count", "largest", "most"), [(7, 7, 3), (10, 4, 1), (6, 64, 5), (5, 2, 2)])
+@pytest.mark.parametrize(
+    ("count", "largest", "most"), [(7, 7, 3), pytest.param(10, 4, 1, marks=pytest.mark.slow), (6, 64, 5), (5, 2, 2)]
+)
 def test_images_that_do_not_fit_are_made_in_smaller_batches(loop, capsys, count, largest, most):
     images, made = ImageRange(3, 17, count), list[int]()
     truth = sample(loop, images, largest)

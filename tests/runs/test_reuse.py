@@ -20,10 +20,11 @@ from ddpm_fast.runs.trained_model import Model
 
 TINY = Config(
     unet=UNetConfig(1, 8, 8, channels=8, channel_multipliers=(1,), res_blocks=1, attention_resolutions=(), groups=4),
-    diffusion=DiffusionConfig(timesteps=30, beta_end=0.3),
+    diffusion=DiffusionConfig(timesteps=12, beta_end=0.6),
     data=DataConfig(data="digits"),
     training=TrainingConfig(steps=3, batch_size=4, device="cpu"),
 )
+SLOW = pytest.mark.slow
 WANTED = [
     SamplingOptions("ddpm", 0, count=5, batch_size=2, seed=0),
     SamplingOptions("ddpm", 0, count=5, batch_size=2, seed=1),
@@ -82,7 +83,9 @@ def test_streams_of_one_model_can_be_read_in_turn(model, truth):
         assert torch.equal(torch.cat([x for _, x in made]), expected)
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize(
+    "error", [pytest.param(ValueError, marks=SLOW), KeyboardInterrupt, pytest.param(MemoryError, marks=SLOW)]
+)
 def test_after_an_exception_in_on_step_the_images_are_the_same(model, truth, error):
     def fail(k: int, x: Tensor) -> None:
         if k == 3:
@@ -125,7 +128,7 @@ class InterruptedOnce:
         return work
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)])
 def test_after_an_interrupt_in_a_capture_the_images_are_the_same(model, truth, monkeypatch, number):
     graphs = InterruptedOnce(number)  # in the warm-up, or the capture of one step, or of many
     monkeypatch.setattr("ddpm_fast.engine.sampling.CudaGraphs", lambda device: graphs)
