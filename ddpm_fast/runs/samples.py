@@ -142,6 +142,18 @@ def _is_whole(png: Path) -> bool:
     return False
 
 
+def _read(png: Path) -> Pixels:
+    """Return an image's pixels.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
+    try:
+        return np.asarray(Image.open(png))
+    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: how Pillow finds a chunk broken
+        raise InputError(f"{png} is damaged ({error}): delete it, and the same command makes it again") from None
+
+
 def ranges(numbers: set[int]) -> list[tuple[int, int]]:
     """Return numbers as ranges of first and last."""
     found = list[tuple[int, int]]()
@@ -212,7 +224,7 @@ class Samples:
         """
         if not self.packed:
             shown = sorted(self.there)[:GRID_IMAGES]
-            pictures = [np.asarray(Image.open(self.directory / f"{number:06d}.png")) for number in shown]
+            pictures = [_read(self.directory / f"{number:06d}.png") for number in shown]
             self._draw(np.stack([each.reshape(*each.shape[:2], -1) for each in pictures]))
         elif not self.archive.exists():
             first, count = self.wanted.first_index, self.wanted.count
