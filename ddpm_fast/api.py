@@ -5,37 +5,18 @@ is kernels=False.
 Shapes: N images, C channels, H x W pixels.
 """
 
-import dataclasses
-import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from ddpm_fast.checks.results import report
-from ddpm_fast.checks.suite import check_run
-from ddpm_fast.config import Config, DataConfig
-from ddpm_fast.data.batches import split
-from ddpm_fast.data.conditions import class_labels, with_classes
-from ddpm_fast.data.dataset import open_dataset
-from ddpm_fast.engine.execution import set_deterministic
-from ddpm_fast.errors import MathematicsError, require
-from ddpm_fast.files import require_writable
-from ddpm_fast.flags import plain, with_flags
+from ddpm_fast.config import DataConfig
+from ddpm_fast.flags import field_names, plain, with_flags
+from ddpm_fast.launch import train_config
 from ddpm_fast.options import LoadOptions, StartOptions, Wanted
-from ddpm_fast.presets import AUTO, plans
-from ddpm_fast.presets import preset as find_preset
-from ddpm_fast.runs import auto, checkpoint, decisions, evaluation, fitting, origin, scores
+from ddpm_fast.planning.start import starting_config, with_auto_batch
+from ddpm_fast.presets import AUTO
 from ddpm_fast.runs.accelerated import AcceleratedPipeline
-from ddpm_fast.runs.against import EITHER_WAY, Judge, reference
-from ddpm_fast.runs.compare import open_run, what_will_differ
-from ddpm_fast.runs.decisions import settle
-from ddpm_fast.runs.device import enough_memory, prepare_device, require_precision
-from ddpm_fast.runs.directory import find_start, holds_run, read_config, read_metrics, recorded, where_data_is
-from ddpm_fast.runs.initial import initial_weights, with_network_of
-from ddpm_fast.runs.lock import locked
-from ddpm_fast.runs.retention import require_space
-from ddpm_fast.runs.run import Run
+from ddpm_fast.runs.directory import read_metrics
 from ddpm_fast.runs.signals import Signals
 from ddpm_fast.runs.trained_model import LoadKeywords, Model, options_from
 
@@ -129,173 +110,10 @@ def train(
     """
     start = StartOptions(str(out or ""), resume, resume_or_start, str(against or ""), until_decided, minutes)
     with Signals():
-        known = with_flags(AUTO, {name: value for name, value in flags.items() if name in _names(DataConfig)})
+        known = with_flags(AUTO, {name: value for name, value in flags.items() if name in field_names(DataConfig)})
         fits = flags.get("batch_size") == "auto"
         flags = {name: value for name, value in flags.items() if not (fits and name == "batch_size")}
-        wanted = Wanted(**{name: plain(value) for name, value in flags.items() if name in _names(Wanted)})
+        wanted = Wanted(**{name: plain(value) for name, value in flags.items() if name in field_names(Wanted)})
         config = with_flags(starting_config(preset, start, known.data, wanted, str(flags.get("init", ""))), flags)
-        return train_config(with_auto_batch(config, start) if fits else config, start, progress)
-
-
-def with_auto_batch(config: Config, start: StartOptions) -> Config:
-    """Settle --batch-size auto: a plan has a number, as has a run that is continued or judged against."""
-    known = "the run" if _resumes(start) or start.against else "the plan" if config.preset == AUTO.preset else ""
-    if known:
-        print(f"--batch-size auto: {config.training.batch_size}, as {known} has it", flush=True)
-    return config if known else fitting.with_fitting_batch(config)
-
-
-def _names(part: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(part)]
-
-
-def starting_config(
-    preset: str | None,
-    start: StartOptions,
-    data: DataConfig | None = None,
-    wanted: Wanted | None = None,
-    init: str = "",
-) -> Config:
-    """Return what flags change: a preset, a plan, or the run's own that is continued or judged against.
-
-    Args:
-        preset: the name that was given, if any.
-        start: where to start.
-        data: that is given.
-        wanted: what of a plan is fixed.
-        init: the model, if any, whose U-Net and process are taken.
-
-    Raises:
-        InputError: there is no such preset or run, nothing to resume was named, or nothing can be planned.
-    """
-    require(not (start.against and preset), f"--preset {preset} and --against {start.against}: leave one of them out")
-    if _resumes(start):
-        run = Path(start.out)
-        config, _ = recorded(run)
-        if read_config(run) is None:
-            print(f"{run / 'config.json'} is missing or torn: it is written anew, as the newest checkpoint has it")
-        return dataclasses.replace(where_data_is(run, config), preset=preset or config.preset)
-    data, wanted = data or DataConfig(), wanted or Wanted()
-    if start.against:
-        config = open_run(Path(start.against)).config
-    elif plans(preset, data.data, start.minutes):
-        config = auto.planned(data, _for_network(init, wanted) if init else wanted, start.minutes)
-    else:
-        config = find_preset(preset or "digits")
-    return with_network_of(init, config) if init else config
-
-
-def _for_network(init: str, wanted: Wanted) -> Wanted:
-    """Return what a plan must keep to where the U-Net is another model's."""
-    unet = vars(with_network_of(init, AUTO).unet)
-    return dataclasses.replace(wanted, **{name: unet[name] for name in _names(Wanted) if name in unet})
-
-
-def _resumes(start: StartOptions) -> bool:
-    """Return whether a run is to be continued."""
-    if start.resume or start.resume_or_start:
-        name = "--resume" if start.resume else "--resume-or-start"
-        require(start.out != "", f"{name} needs --out: name the run directory to continue")
-    return start.resume or (start.resume_or_start and holds_run(Path(start.out)))
-
-
-def train_config(
-    config: Config, start: StartOptions, progress: bool = False, stops_at: Collection[str] = ()
-) -> TrainedRun:
-    """Train what a configuration describes; see `train`.
-
-    Args:
-        config: what to train.
-        start: where to start, and what to judge the run by.
-        progress: show bars.
-        stops_at: verdicts that end the run, beside those of --until-decided.
-    """
-    origin.remember()
-    directory = Path(start.out) if start.out else next_free(Path("runs"), config.preset)
-    start = dataclasses.replace(start, resume=_resumes(start), minutes=0.0)  # which its configuration holds
-    if start.resume:
-        recorded(directory)
-    require_writable(directory)
-    with locked(directory):
-        return _train_in(directory, config, start, progress, stops_at)
-
-
-def _train_in(
-    directory: Path, config: Config, start: StartOptions, progress: bool, stops_at: Collection[str]
-) -> TrainedRun:
-    """Train in a directory that no other run is in."""
-    training, resume = config.training, start.resume
-    device = prepare_device(training.device, training.precision)
-    require_precision(training.precision, device)
-    if device.type == "cuda":
-        set_deterministic(training.deterministic)
-    like = directory if resume else Path(start.against) if start.against else None
-    decided, differing = settle(training, decisions.read(like) if like else None)
-    for line in differing:
-        print(f"{like}: {line}; roundings will differ")
-    for line in auto.outlook(config, decided.device, decided.precision) if like is None else ():
-        print(line, flush=True)
-    dataset = open_dataset(config.data, config.unet, progress)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, revision=dataset.revision))
-    config = with_classes(config, dataset)
-    class_labels(config, dataset)  # what is wrong with them is said before anything is written
-    if dataset.skipped:
-        print(f"left out {len(dataset.skipped)} files that cannot be read (--skip-bad)")
-    judge = None
-    if start.against:
-        ends = EITHER_WAY if start.until_decided else tuple(stops_at)
-        judge = Judge(reference(start.against, config, dataset), config, ends)
-        print(what_will_differ(judge.base, config), flush=True)
-    found = find_start(directory, config, dataset.fingerprint, resume)
-    step = found.step if found else 0
-    unscored = scores.is_due(step, training, last=True) and scores.is_missing(directory, step)
-    if step >= training.steps and evaluation.read(directory, step) is not None and not unscored:
-        print(f"{directory} is finished: all {step} steps are done; raise --steps to go on")
-        return _judged(directory, judge)
-    if resume:
-        print(f"{directory}: {_where_it_goes_on(directory, config, found)}")
-    initial = initial_weights(config) if training.init and found is None else None
-    if warning := require_space(directory, config, step):
-        print(warning)
-    with enough_memory(device, training.batch_size // training.accumulate):
-        if report(check_run(config, dataset, device), strict=config.checks.strict):
-            raise MathematicsError("the mathematics is wrong: nothing was trained")
-        run = Run(directory, config, dataset, found, progress, judge, decided)
-        if initial is not None:
-            run.start_from(initial)
-        if judge is not None:
-            judge.recall(directory)
-        trained, held_out = split(len(dataset), config.data.holdout)
-        images = f"{len(trained)}" + (f" + {len(held_out)} held-out" if len(held_out) else "")
-        print(f"training {directory} on {decided}: {training.steps} steps, {images} images", flush=True)
-        started = time.perf_counter()
-        run.train()
-    done = run.trainer.step
-    early = f"stopped at step {done:,} of {training.steps:,}: decided; " if done < training.steps else ""
-    print(f"{early}trained in {time.perf_counter() - started:.1f} s; grids in {directory / 'samples'}")
-    return _judged(directory, judge)
-
-
-def _where_it_goes_on(directory: Path, config: Config, found: checkpoint.Checkpoint | None) -> str:
-    newest, step = checkpoint.newest(directory), found.step if found else 0
-    if newest and newest.step > step and newest.config.training.steps != config.training.steps:
-        why = f"before the learning rate fell towards step {newest.config.training.steps}"
-        return f"continuing at step {step}, {why}"
-    return f"continuing at step {step}" if found else "stopped before its first checkpoint, starting at step 0"
-
-
-def _judged(directory: Path, judge: Judge | None) -> TrainedRun:
-    """Say and keep what was found of a run that has come to its end."""
-    if judge is not None:
-        judge.recall(directory)
-        judge.write(directory)
-        print(judge.sentence())
-    return TrainedRun(directory)
-
-
-def next_free(parent: Path, name: str) -> Path:
-    """Return parent/name-N with the least N that is not taken."""
-    number = 1
-    while (parent / f"{name}-{number}").exists():
-        number += 1
-    return parent / f"{name}-{number}"
+        config = with_auto_batch(config, start) if fits else config
+        return TrainedRun(train_config(config, start, progress))

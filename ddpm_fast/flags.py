@@ -100,3 +100,8 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
         if name != NO_FLAGS:
             fields |= value if isinstance(value, dict) else {name: value}
     return fields
+
+
+def field_names(part: type) -> list[str]:
+    """Return the names of a dataclass's fields, which are flags."""
+    return [f.name for f in dataclasses.fields(part)]

@@ -27,7 +27,7 @@ ROOMS = [
     "diffusion",
     "ops",
 ]
-ROOMS += ["model", "engine", "quality", "runs", "checks", "api", "cli", "__main__", "__init__"]
+ROOMS += ["model", "engine", "quality", "runs", "planning", "checks", "launch", "api", "cli", "__main__", "__init__"]
 """From left to right: a room imports itself and what is left of it."""
 NO_MORE_THAN = {
     "data": {"data", "errors", "config", "files", "progress", "diffusion.noise"},

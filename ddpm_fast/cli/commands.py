@@ -4,7 +4,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ddpm_fast.api import train_config
 from ddpm_fast.checks.results import report
 from ddpm_fast.checks.suite import check_run, report_kernels
 from ddpm_fast.config import CheckConfig, Config, with_training
@@ -12,10 +11,11 @@ from ddpm_fast.data.conditions import with_classes
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.data.survey import survey
 from ddpm_fast.engine.threads import choose_threads
+from ddpm_fast.launch import train_config
 from ddpm_fast.options import StartOptions
+from ddpm_fast.planning.auto import outlook
 from ddpm_fast.presets import AUTO
 from ddpm_fast.runs import checkpoint
-from ddpm_fast.runs.auto import outlook
 from ddpm_fast.runs.decisions import settle
 from ddpm_fast.runs.device import prepare_device, require_precision
 from ddpm_fast.runs.directory import where_data_is

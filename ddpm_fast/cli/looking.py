@@ -16,10 +16,10 @@ from ddpm_fast.engine.speed import this_machine
 from ddpm_fast.errors import InputError, printable, require
 from ddpm_fast.files import require_writable
 from ddpm_fast.options import Wanted
-from ddpm_fast.runs.auto import outlook
+from ddpm_fast.planning.auto import outlook
+from ddpm_fast.planning.plan import plan, remarks
 from ddpm_fast.runs.device import prepare_device
 from ddpm_fast.runs.grids import save_picture
-from ddpm_fast.runs.plan import plan, remarks
 from ddpm_fast.runs.sheet import IMAGES, contact_sheet
 
 NAMED = 5

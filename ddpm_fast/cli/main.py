@@ -96,7 +96,7 @@ def parse_check(arguments: Sequence[str]) -> CheckArguments:
 
 
 def _with_fitting_batch(config: Config, start: StartOptions) -> Config:
-    from ddpm_fast.api import with_auto_batch
+    from ddpm_fast.planning.start import with_auto_batch
 
     return with_auto_batch(config, start)
 
@@ -117,7 +117,7 @@ def _defaults(arguments: Sequence[str], command: str) -> Config:
     another = start.resume or start.resume_or_start or start.against or init
     if not (another or plans(name, data, start.minutes)):
         return preset(name or "digits")
-    from ddpm_fast.api import starting_config
+    from ddpm_fast.planning.start import starting_config
 
     data_flags = parse(DataConfig, own_flags(DataConfig, given)[0], command=command)
     wanted = parse(Wanted, own_flags(Wanted, given)[0], command=command)

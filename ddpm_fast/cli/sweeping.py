@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ddpm_fast.api import next_free, train_config
 from ddpm_fast.cli.arguments import SweepArguments
 from ddpm_fast.cli.comparing import write_page
 from ddpm_fast.config import Config
@@ -14,6 +13,7 @@ from ddpm_fast.engine.memory import free_memory
 from ddpm_fast.errors import MathematicsError, NotEnoughMemoryError, require
 from ddpm_fast.files import require_writable
 from ddpm_fast.flags import changed_flags
+from ddpm_fast.launch import next_free, train_config
 from ddpm_fast.options import StartOptions
 from ddpm_fast.runs.against import LOST
 from ddpm_fast.runs.compare import LOSS_IS_NOT_QUALITY, open_run

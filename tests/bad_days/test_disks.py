@@ -172,7 +172,7 @@ def test_samples_that_fill_a_disk_are_whole_and_the_rest_follows(disk, tmp_path,
 def test_a_disk_that_is_read_only_is_said_before_the_work(disk, tmp_path, capsys, monkeypatch, command):
     run(tmp_path / "run", steps=2).train()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    monkeypatch.setattr("ddpm_fast.api.check_run", lambda *a: pytest.fail("checked before"))
+    monkeypatch.setattr("ddpm_fast.launch.check_run", lambda *a: pytest.fail("checked before"))
     flags = ["--device", "cpu", "--out", str(disk / "run")]
     assert cli.run([command, *([str(tmp_path / "run")] if command == "sample" else []), *flags]) == 2
     assert f"cannot write {disk}/run: Read-only file system" in capsys.readouterr().err

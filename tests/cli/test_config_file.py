@@ -138,7 +138,7 @@ def test_a_file_that_is_not_there_is_one_line(name, file, capsys):
 
 def test_a_run_is_continued_by_the_file_that_it_was_started_with(file, tmp_path, monkeypatch):
     config = with_training(PRESETS["mnist"], batch_size=64)
-    monkeypatch.setattr("ddpm_fast.api.starting_config", lambda name, *_: replace(config, preset=name))
+    monkeypatch.setattr("ddpm_fast.planning.start.starting_config", lambda name, *_: replace(config, preset=name))
     file.write_text('preset = "mnist"\nbatch_size = 64\nsteps = 50000\nout = "run"')
     parsed = cli.parse_train(["--config", "mine.toml", "--resume"])
     assert parsed.config == with_training(config, steps=50_000)

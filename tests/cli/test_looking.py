@@ -13,7 +13,7 @@ from ddpm_fast.cli import looking
 from ddpm_fast.cli import main as cli
 from ddpm_fast.data import survey
 from ddpm_fast.engine.speed import Machine
-from ddpm_fast.runs import auto
+from ddpm_fast.planning import auto
 from tests.cli.test_cli import refused, run
 
 
@@ -86,7 +86,7 @@ def test_what_is_in_a_folder_is_said_and_drawn_and_nothing_else_is_written(zoo, 
         ("data zoo --out sheet.jpg", "let it end in .png"),
         ("data zoo --height 7 --minutes -1", "--minutes is -1"),
         ("data zoo --image-channels 5", "--image-channels is 5: images have 1 (grey)"),
-        ("data zoo --out zoo/cats/0.png/x.png", "Not a directory"),
+        ("data zoo --out zoo/cats/0.png/x.png", "lies in zoo, and would be one of its images"),
         ("data zoo --hieght 8", "Did you mean '--height'?"),
     ],
 )

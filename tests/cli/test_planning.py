@@ -13,7 +13,7 @@ from ddpm_fast.cli import main as cli
 from ddpm_fast.config import Config
 from ddpm_fast.engine import speed
 from ddpm_fast.engine.speed import Machine
-from ddpm_fast.runs import auto
+from ddpm_fast.planning import auto
 from ddpm_fast.runs.directory import read_config
 from tests.cli.test_cli import refused, run
 
@@ -67,7 +67,7 @@ def test_a_folder_without_a_preset_is_planned_trained_and_never_planned_anew(pho
     def plan_again(*arguments, **keywords):
         raise AssertionError("planned anew")
 
-    monkeypatch.setattr("ddpm_fast.runs.auto.planned", plan_again)
+    monkeypatch.setattr("ddpm_fast.planning.auto.planned", plan_again)
     status, out, _ = run("train --out runs/auto-1 --resume --steps 3", capsys)
     assert status == 0
     assert "of training here" not in out

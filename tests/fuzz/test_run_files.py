@@ -123,7 +123,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Model, "batches", no_images)
     monkeypatch.setattr("ddpm_fast.cli.evaluating.evaluator_of", lambda *_: None)
-    monkeypatch.setattr("ddpm_fast.api.check_run", lambda *_, **__: [], raising=False)
+    monkeypatch.setattr("ddpm_fast.launch.check_run", lambda *_, **__: [], raising=False)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

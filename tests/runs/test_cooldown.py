@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_fast.api import train_config
 from ddpm_fast.config import Config, with_training
 from ddpm_fast.errors import InputError
+from ddpm_fast.launch import train_config
 from ddpm_fast.options import StartOptions
 from ddpm_fast.runs.directory import find_start
 from ddpm_fast.runs.signals import InterruptedRunError
@@ -88,7 +88,7 @@ def test_grids_of_later_steps_than_the_start_are_removed(tmp_path):
 
 
 def test_train_says_where_it_continues(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ddpm_fast.api.check_run", lambda *given: [])
+    monkeypatch.setattr("ddpm_fast.launch.check_run", lambda *given: [])
     run(tmp_path, COOLING).train()
     train_config(LONGER, StartOptions(str(tmp_path), resume=True))
     assert (

@@ -13,6 +13,7 @@ from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.errors import InputError
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.options import StartOptions
+from ddpm_fast.planning.start import starting_config
 from ddpm_fast.presets import PRESETS
 from ddpm_fast.runs import checkpoint, diffusers_folder
 from ddpm_fast.runs.directory import find_start
@@ -46,7 +47,7 @@ def config_of(source: Path, **flags: object) -> Config:
 
 
 def test_the_network_and_the_process_are_the_sources(source):
-    config = api.starting_config("mnist", StartOptions(), init=str(source))
+    config = starting_config("mnist", StartOptions(), init=str(source))
     assert (config.unet, config.diffusion, config.sampling) == (SOURCE.unet, SOURCE.diffusion, SOURCE.sampling)
     assert config.data == PRESETS["mnist"].data
     assert config.training == replace(PRESETS["mnist"].training, init=str(source))
@@ -102,7 +103,7 @@ def test_a_source_that_is_none_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         api.train(init=tmp_path / "none", progress=False)
     with pytest.raises(InputError, match="does not exist"):
-        api.starting_config(None, StartOptions(), init=str(tmp_path / "none"))
+        starting_config(None, StartOptions(), init=str(tmp_path / "none"))
 
 
 def test_the_command_line_takes_the_sources_network(source):

@@ -65,11 +65,11 @@ def train(directory: Path, steps: int, cache: str, kill_at: int, seconds: float)
             elif number == kill_at:
                 threading.Thread(target=kill_soon, daemon=True).start()
 
-    import ddpm_fast.api
+    import ddpm_fast.launch
     from ddpm_fast.cli import main
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a kill would leave behind
-    ddpm_fast.api.check_run = lambda *given: []  # the mathematics is other tests' to check
+    ddpm_fast.launch.check_run = lambda *given: []  # the mathematics is other tests' to check
     sys.addaudithook(look)
     status = main.run([*TRAIN.split(), "--out", "run", "--steps", str(steps), "--resume-or-start"])
     sys.stdout.flush()

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_fast.api import starting_config, train_config
 from ddpm_fast.config import Config, with_training
 from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.errors import InputError
+from ddpm_fast.launch import train_config
 from ddpm_fast.options import StartOptions
+from ddpm_fast.planning.start import starting_config
 from ddpm_fast.runs import checkpoint
 from ddpm_fast.runs.directory import check_resumable, read_config, read_metrics
 from ddpm_fast.runs.lock import locked
@@ -27,7 +28,7 @@ from tests.runs.test_run import DATA, TINY, files, metrics, run
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the check of the mathematics, which is other tests'."""
-    monkeypatch.setattr("ddpm_fast.api.check_run", lambda *given: [])
+    monkeypatch.setattr("ddpm_fast.launch.check_run", lambda *given: [])
 
 
 @pytest.fixture(scope="module")
@@ -240,12 +241,12 @@ def test_a_run_goes_on_elsewhere_with_its_data_elsewhere(tmp_path, monkeypatch):
 
 
 def test_a_second_run_is_refused_before_any_work_and_says_whose_the_directory_is(trained, monkeypatch):
-    monkeypatch.setattr("ddpm_fast.api.open_dataset", lambda *given: pytest.fail("the data was opened"))
+    monkeypatch.setattr("ddpm_fast.launch.open_dataset", lambda *given: pytest.fail("the data was opened"))
     before = files(trained / "checkpoints/step-0000006")
     with locked(trained), pytest.raises(InputError, match=r"run is being trained by process \d+ on .*: wait until"):
         resumed(trained)
     assert files(trained / "checkpoints/step-0000006") == before
-    monkeypatch.setattr("ddpm_fast.api.open_dataset", open_dataset)
+    monkeypatch.setattr("ddpm_fast.launch.open_dataset", open_dataset)
     resumed(trained)
 
 

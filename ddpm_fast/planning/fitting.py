@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from ddpm_fast.config import Config, TrainingConfig, with_training
 from ddpm_fast.engine.speed import free_bytes
-from ddpm_fast.runs.cost import memory
+from ddpm_fast.planning.cost import memory
+from ddpm_fast.planning.plan import MEMORY_SHARE, MOST_BATCH
 from ddpm_fast.runs.device import prepare_device
-from ddpm_fast.runs.plan import MEMORY_SHARE, MOST_BATCH
 
 
 def with_fitting_batch(config: Config) -> Config:

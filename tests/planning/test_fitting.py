@@ -11,9 +11,9 @@ import ddpm_fast
 from ddpm_fast.cli import main as cli
 from ddpm_fast.config import Config, with_training
 from ddpm_fast.errors import InputError
+from ddpm_fast.planning import fitting
+from ddpm_fast.planning.cost import memory
 from ddpm_fast.presets import PRESETS
-from ddpm_fast.runs import fitting
-from ddpm_fast.runs.cost import memory
 from tests.cli.test_cli import TINY_RUN, run
 
 AUTO_RUN = TINY_RUN.replace("--batch-size 4", "--batch-size auto")
@@ -87,7 +87,9 @@ def test_every_way_to_ask_for_it_means_the_same(tmp_path, monkeypatch, capsys):
 
 
 def test_a_plan_has_a_number_already(monkeypatch, capsys):
-    monkeypatch.setattr("ddpm_fast.runs.auto.this_machine", lambda *_: ddpm_fast.engine.speed.Machine("cpu", 6e9, 1e11))
+    monkeypatch.setattr(
+        "ddpm_fast.planning.auto.this_machine", lambda *_: ddpm_fast.engine.speed.Machine("cpu", 6e9, 1e11)
+    )
     flags = ["--preset", "auto", "--data", "digits", "--minutes", "1"]
     assert cli.parse_train([*flags, "--batch-size", "auto"]) == cli.parse_train(flags)
     assert "--batch-size auto: 32, as the plan has it" in capsys.readouterr().out

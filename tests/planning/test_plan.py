@@ -12,9 +12,9 @@ from ddpm_fast.errors import InputError
 from ddpm_fast.flags import changed_flags
 from ddpm_fast.model.unet import UNet
 from ddpm_fast.options import Wanted
+from ddpm_fast.planning import cost
+from ddpm_fast.planning.plan import MEMORY_SHARE, MINUTES, PLANNED, needed_images, plan, remarks
 from ddpm_fast.presets import AUTO, PRESETS
-from ddpm_fast.runs import cost
-from ddpm_fast.runs.plan import MEMORY_SHARE, MINUTES, PLANNED, needed_images, plan, remarks
 
 
 def facts(count: int, side: int, grey: bool = False, transparent: bool = False) -> Facts:

@@ -13,11 +13,11 @@ from ddpm_fast.engine.execution import choose_dtype
 from ddpm_fast.engine.speed import Machine, measured_speed, this_machine
 from ddpm_fast.flags import command_line
 from ddpm_fast.options import Wanted
+from ddpm_fast.planning.cost import flop_per_image, seconds
+from ddpm_fast.planning.plan import PLANNED, plan, remarks
 from ddpm_fast.presets import AUTO, PRESETS
 from ddpm_fast.progress import duration
-from ddpm_fast.runs.cost import flop_per_image, seconds
 from ddpm_fast.runs.device import prepare_device
-from ddpm_fast.runs.plan import PLANNED, plan, remarks
 
 Kind = Literal["cpu", "cuda"]
 LONG_SECONDS = 3 * 3600.0

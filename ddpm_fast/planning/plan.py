@@ -14,8 +14,8 @@ from ddpm_fast.config import Config, DataConfig, UNetConfig
 from ddpm_fast.data.survey import Facts
 from ddpm_fast.engine.speed import Machine
 from ddpm_fast.options import Wanted
+from ddpm_fast.planning.cost import memory, seconds_per_image
 from ddpm_fast.presets import AUTO
-from ddpm_fast.runs.cost import memory, seconds_per_image
 
 T = TypeVar("T")
 
