@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 REWORDED = [
     (r"^Error parsing ", ""),
-    (r"^(config\.\w+|start|\w+Arguments): ", ""),
+    (r"^(config\.\w+|start|\w+Arguments|\w+Options): ", ""),
     (r"^Missing value for argument '(\S+)'.*", r"\1 needs a value"),
     (r"^(\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2: it must be a whole number"),
     (r"^(\S+): could not convert string to float: (.*)", r"\1 is \2: it must be a number"),

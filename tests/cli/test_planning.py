@@ -162,3 +162,7 @@ def test_the_speed_of_this_machine_is_measured_in_a_moment(monkeypatch):
     monkeypatch.setattr(speed, "SECONDS", 0.0)
     measured = speed.measured_speed.__wrapped__("cpu", torch.float32)
     assert 1e4 < measured < 1e13
+
+
+def test_a_time_that_is_none_is_refused_by_its_flag_alone(capsys):
+    assert refused("train --data x --minutes -1", capsys).startswith("ddpm-fast: --minutes is -1: it must not be")
