@@ -84,7 +84,7 @@ def plan(facts: Facts, machine: Machine, data: DataConfig, wanted: Wanted, minut
         accumulate=accumulate,
         learning_rate=_round(2e-3 * min(1, 32 / unet.channels) * min(1, 32 / min(unet.height, unet.width))),
         warmup_steps=min(5000, round(_round(max(1.0, steps / 14)))),
-        ema_decay=1 - _round(1 / max(2.0, 7.5 * sqrt(steps)), 1),
+        ema_decay=round(1 - _round(1 / max(2.0, 7.5 * sqrt(steps)), 1), 6),  # 0.93, and not 0.9299999999999999
         save_every=every,
         sample_every=every,
         device=wanted.device,

@@ -107,6 +107,12 @@ def test_what_the_user_fixes_stays_and_the_rest_fits_it(wanted):
         assert config.unet.width == wanted.height
 
 
+def test_a_plans_numbers_are_short_enough_to_be_read():
+    for steps in range(1, 300):
+        made = plan(FOLDERS["emoji"], MACHINES["two cores"], DataConfig("x"), Wanted(steps=steps))
+        assert len(str(made.training.ema_decay)) <= len("0.9999")
+
+
 def test_flags_that_cannot_go_together_are_refused_by_their_names():
     with pytest.raises(InputError, match=r"--channels 20.*--groups"):
         plan(FOLDERS["emoji"], MACHINES["8 GB"], DataConfig("x"), Wanted(channels=20, groups=32))
