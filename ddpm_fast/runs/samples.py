@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from ddpm_fast.config import SamplerConfig
+from ddpm_fast.data.image_files import is_picture
 from ddpm_fast.engine.execution import choose_dtype
 from ddpm_fast.errors import InputError
 from ddpm_fast.files import parse_json, replace_file
@@ -36,8 +37,8 @@ GRID_IMAGES = 100
 END_OF_PNG = b"\0\0\0\0IEND\xaeB`\x82"
 """A PNG's last 12 bytes: what lacks them was torn by a machine that lost its power."""
 ONE_BY_ONE = re.compile(r"\d{6,10}\.png")
-WRITTEN = ("images.npz", "images.tar", "grid.png", "parts")
-"""What else is written or taken up again, and in a directory without a samples.json is somebody's own."""
+WRITTEN = ("images.npz", "images.tar", "parts")
+"""What is written or taken up again beside pictures, and in a directory without a samples.json is somebody's own."""
 DIGESTS = {"checkpoint_digest": "other weights", "code_digest": "other code", "guide_digest": "another guide"}
 """What a difference of these means, whose values tell nobody anything."""
 
@@ -110,7 +111,7 @@ def differing(directory: Path, kind: Kind) -> str:
     """Return what the samples in a directory differ in from a kind; "" where they do not, or there are none."""
     file = directory / "samples.json"
     if not file.exists():
-        return "their samples.json is missing" if _holds_images(directory) else ""
+        return "a samples.json is missing" if _holds_images(directory) else ""
     try:
         there = dict(parse_json(file.read_text()))
     except (OSError, ValueError, TypeError):
@@ -127,12 +128,13 @@ def require_same_kind(directory: Path, kind: Kind) -> None:
     """
     unlike = differing(directory, kind)
     if unlike:
-        raise InputError(f"--out {directory} holds other samples ({unlike}): name another --out, or remove it")
+        raise InputError(f"--out {directory} holds other images ({unlike}): name another --out")
 
 
 def _holds_images(directory: Path) -> bool:
+    """Say whether there is any picture, ours or not: samples beside somebody's own would be trained on with them."""
     files = directory.iterdir() if directory.is_dir() else ()
-    return any(ONE_BY_ONE.fullmatch(file.name) or file.name in WRITTEN for file in files)
+    return any(is_picture(file) or file.name in WRITTEN for file in files)
 
 
 def _is_whole(png: Path) -> bool:

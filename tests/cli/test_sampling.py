@@ -194,7 +194,7 @@ def test_each_kind_has_a_directory(trained, arguments, directory, capsys):
     assert pngs(trained / "samples/ddim-2-seed0").items() >= kept.items()
     other = f"{trained} -n 2 --out {trained}/samples/{directory}"
     if directory != "ddim-2-seed0":
-        assert "holds other samples" in sample(other, capsys, status=2)
+        assert "holds other images" in sample(other, capsys, status=2)
 
 
 def test_other_steps_and_other_code_have_directories_of_their_own(trained, monkeypatch, capsys):
@@ -212,7 +212,7 @@ def test_other_steps_and_other_code_have_directories_of_their_own(trained, monke
     sample(f"{trained} -n 1", capsys)
     assert made() >= {"ddim-2-seed0-3"}
     said = sample(f"{trained} -n 1 --out {trained}/samples/ddim-2-seed0-2", capsys, status=2)
-    assert f"--out {trained}/samples/ddim-2-seed0-2 holds other samples (other code): name another --out" in said
+    assert f"--out {trained}/samples/ddim-2-seed0-2 holds other images (other code): name another --out" in said
 
 
 @pytest.mark.parametrize("torn", [None, "", "[]", '{"seed": 0}'])
@@ -223,7 +223,7 @@ def test_images_of_unknown_making_are_never_mixed_with(trained, torn, capsys):
     if torn is not None:
         (made / "samples.json").write_text(torn)
     before = sorted(trained.rglob("*"))
-    assert "holds other samples" in sample(f"{trained} -n 2 --out {made}", capsys, status=2)
+    assert "holds other images" in sample(f"{trained} -n 2 --out {made}", capsys, status=2)
     assert sorted(trained.rglob("*")) == before
     sample(f"{trained} -n 2", capsys)
     assert sorted(pngs(trained / "samples/ddim-2-seed0-2")) == ["000000.png", "000001.png"]

@@ -14,7 +14,7 @@ KIND = {"seed": 0, "format": "png"}
 def test_somebodys_own_file_of_a_name_that_is_written_is_not_replaced(tmp_path, name):
     require_same_kind(tmp_path, KIND)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(InputError, match="holds other samples"):
+    with pytest.raises(InputError, match="holds other images"):
         require_same_kind(tmp_path, KIND)
 
 
