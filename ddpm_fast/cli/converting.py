@@ -26,13 +26,12 @@ def convert(arguments: ConvertArguments) -> int:
     require_writable(dest.parent)
     part = "ema" if arguments.weights == "ema" else "model"
     found = diffusers_folder.resolve(source, (part,))
-    told = f"{source} is told labels (--num-classes {found.config.unet.classes}), which neither diffusers' pipelines"
-    require(not found.config.unet.classes, f"{told} nor an exported U-Net pass on: it cannot be converted")
     if dest.suffix in EXPORTS:
         from ddpm_fast.runs.exports import export
 
-        difference = export(unet_of(found, part), dest)
-        print(f"{dest}: the U-Net of step {found.step:,}, from x_t and t to its prediction; {difference:.0e} off")
+        difference, classes = export(unet_of(found, part), dest), found.config.unet.classes
+        inputs = f"x_t, t and labels ({classes} is none)" if classes else "x_t and t"
+        print(f"{dest}: the U-Net of step {found.step:,}, from {inputs} to its prediction; {difference:.0e} off")
     elif isinstance(found, diffusers_folder.DiffusersFolder):
         _to_ours(found, dest)
     else:
@@ -45,6 +44,8 @@ def _to_ours(found: diffusers_folder.DiffusersFolder, dest: Path) -> None:
     with whole(dest, remedy="choose another DEST") as temporary:
         checkpoint.save(temporary, found.step, found.config, found.fingerprint, {"ema": unet.state_dict()})
     print(f"{dest}: make images by ddpm-fast sample {dest}, train on by ddpm-fast train --init {dest}")
+    if found.all_classes:
+        print(f"its {found.config.unet.classes} labels all count as classes, none as no label: it cannot guide itself")
 
 
 def _to_diffusers(found: checkpoint.Checkpoint, dest: Path, part: str, arguments: ConvertArguments) -> None:
@@ -57,7 +58,8 @@ def _to_diffusers(found: checkpoint.Checkpoint, dest: Path, part: str, arguments
         png = io.BytesIO()
         grid(to_uint8(samples)).save(png, "png")
         files["samples.png"] = png.getvalue()
-        caption = f"Images 0 to {arguments.images - 1} of seed 0, {CARD.sampler} in {steps} steps, not selected."
+        of = "of labels 0, 1, ... in turn, " if found.config.unet.classes else ""
+        caption = f"Images 0 to {arguments.images - 1} of seed 0, {of}{CARD.sampler} in {steps} steps, not selected."
     files["README.md"] = model_card(dest.name, found, arguments.weights, caption).encode()
     diffusers_folder.write(dest, found, weights, files)
     print(f"{dest}: load it by diffusers' DiffusionPipeline.from_pretrained; README.md is its model card")

@@ -7,6 +7,7 @@ express is refused by its name: a network that is nearly the same would make ima
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddpm_fast.config import Details, UNetConfig
@@ -40,10 +41,10 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "resnet_time_scale_shift": ("default",),
     "add_attention": (True,),
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
 }
 """Fields of which our U-Net is one value, UNet2DModel's default."""
 READ = {"sample_size", "block_out_channels", "down_block_types", "up_block_types", "time_embedding_dim"}
+READ |= {"num_class_embeds"}
 MEANINGLESS = {"num_train_timesteps"}
 """Fields that change nothing about a positional time embedding."""
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -59,12 +60,15 @@ FIELDS = {
     "--dropout": "dropout",
     "--groups": "norm_num_groups",
     "--head-channels": "attention_head_dim",
+    "--num-classes": "num_class_embeds",
 }
 """Which field sets which of our flags."""
 
 
 def unet_config(values: Mapping[str, Any], where: str) -> UNetConfig:
     """Translate a UNet2DModel's configuration.
+
+    Every row of a class embedding is taken for a class: nothing in diffusers' files says that one is "no label".
 
     Args:
         values: the fields of its config.json.
@@ -96,6 +100,7 @@ def unet_config(values: Mapping[str, Any], where: str) -> UNetConfig:
             groups=given["norm_num_groups"],
             head_channels=given["attention_head_dim"] or 0,
             details=_details(given, where),
+            num_classes=_classes(given, where),
         )
     except InputError as error:
         raise in_their_words(error, FIELDS, where) from None
@@ -107,6 +112,13 @@ def _sides(given: Mapping[str, Any], where: str) -> tuple[int, int]:
     numbers = len(both) == 2 and all(type(side) is int and side > 0 for side in both)
     require(numbers, f"{where}: sample_size is {sides!r}: it must say the height and width in pixels")
     return both[0], both[1]
+
+
+def _classes(given: Mapping[str, Any], where: str) -> int:
+    rows = given.get("num_class_embeds")
+    whole = rows is None or (type(rows) is int and rows > 0)
+    require(whole, f"{where}: num_class_embeds is {rows!r}: it must be a positive whole number, or null")
+    return rows or 0
 
 
 def _widths(given: Mapping[str, Any], where: str) -> list[int]:
@@ -166,7 +178,19 @@ def unet_fields(config: UNetConfig) -> dict[str, Any]:
         "norm_num_groups": config.groups,
         "dropout": config.dropout,
         **DETAILS[config.details],
+        **({"num_class_embeds": config.classes + 1} if config.classes else {}),  # the last row: no label
     }
+
+
+def with_no_label(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Append to a class embedding whose rows are all classes a row of zeros for "no label": the time's is left alone.
+
+    It only makes the shape ours: the network was never trained by it, so nothing may be predicted by it.
+    """
+    found = dict(tensors)
+    if (rows := found.get("class_embedding.weight")) is not None:
+        found["class_embedding.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])])
+    return found
 
 
 def new_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

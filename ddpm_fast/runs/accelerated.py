@@ -45,6 +45,13 @@ class AcceleratedPipeline:
         unet, scheduler = pipeline.unet, pipeline.scheduler
         weight = next(unet.parameters())
         require(weight.dtype in DTYPES, f"the pipeline's U-Net is {weight.dtype}: make it torch.float32 or bfloat16")
+        rows = dict(unet.config).get("num_class_embeds")
+        message = (
+            f"pipeline.unet.config: num_class_embeds is {rows}, but a pipeline passes its U-Net no labels: save it"
+        )
+        require(
+            rows is None, f"{message} by save_pretrained, and make images by ddpm_fast.load(FOLDER).sample(label=0)"
+        )
         told = {**dict(scheduler.config), "_class_name": type(scheduler).__name__}
         self.diffusion, self.sampling = process_and_sampler(told, "pipeline.scheduler.config")
         with torch.device("meta"):

@@ -5,6 +5,10 @@
 
 A UNet2DModel's folder alone is read, too, and older pipelines, which keep all in one folder. Where diffusers' files say
 what ours would, our configuration is taken from ddpm-fast.json, which says more; where they were edited, they hold.
+
+A network that is told labels has num_class_embeds. The last of them is "no label" where ddpm-fast.json says so. Where
+nothing does, all are classes: it counts as trained with --label-dropout 0, hence neither label -1 nor guidance by its
+own prediction without label is to be had, until it is trained on.
 """
 
 from collections.abc import Mapping
@@ -16,12 +20,12 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ddpm_fast.config import Config
+from ddpm_fast.config import Config, with_training
 from ddpm_fast.diffusion.convert import process_and_sampler, scheduler_fields
 from ddpm_fast.errors import InputError, require
 from ddpm_fast.files import parse_json, whole, write_synced
 from ddpm_fast.flags import from_dict, to_dict
-from ddpm_fast.model.convert import new_names, unet_config, unet_fields
+from ddpm_fast.model.convert import new_names, unet_config, unet_fields, with_no_label
 from ddpm_fast.runs import checkpoint
 
 HUB = "hf:"
@@ -38,22 +42,25 @@ class DiffusersFolder(checkpoint.Checkpoint):
     """A folder of diffusers', as a checkpoint: its weights are what averaged ones are to ours."""
 
     weights: Path
+    all_classes: bool
+    """Whether every row of the file's class embedding is a class, none "no label"."""
 
     def files(self, part: str) -> list[Path]:
         """Return the files that decide what the weights make."""
         return [self.weights, *sorted(self.path.rglob("*config.json")), *self.path.glob(OURS)]
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """Read the weights, by their names of today, in float32.
+        """Read the weights, by their names of today, in float32; a class embedding's last row is "no label".
 
         Raises:
             InputError: others than "ema" are asked for; or the file is missing, a pickle or damaged.
         """
         require(part == "ema", f"{self.path} holds one set of weights: leave --weights raw out")
         try:
-            return new_names(safetensors.torch.load_file(self.weights))
+            tensors = new_names(safetensors.torch.load_file(self.weights))
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(_unreadable(self.weights, error)) from None
+        return with_no_label(tensors) if self.all_classes else tensors
 
 
 def _unreadable(file: Path, error: Exception) -> str:
@@ -101,8 +108,11 @@ def read(path: Path) -> DiffusersFolder:
     scheduler, told = _scheduler_of(path, index.exists())
     diffusion, sampling = process_and_sampler(told, str(scheduler))
     config = Config("none", unet_config(fields, str(unet / "config.json")), diffusion, sampling=sampling)
+    rows = config.unet.classes
     step, fingerprint, config = _with_ours(path, config, told)
-    return DiffusersFolder(path, step, config, fingerprint, {}, weights=unet / WEIGHTS)
+    all_classes = config.unet.classes == rows > 0
+    config = with_training(config, label_dropout=0.0) if all_classes else config
+    return DiffusersFolder(path, step, config, fingerprint, {}, weights=unet / WEIGHTS, all_classes=all_classes)
 
 
 def _scheduler_of(path: Path, is_pipeline: bool) -> tuple[Path, dict[str, Any]]:
@@ -120,10 +130,13 @@ def _with_ours(path: Path, config: Config, told: Mapping[str, Any]) -> tuple[int
     values = _read_json(file)
     try:
         own, step, fingerprint = from_dict(values["config"]), int(values["step"]), str(values["fingerprint"])
+        has_no_label = config.unet.classes == own.unet.classes + 1 > 1
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{file} lacks a step, a fingerprint or a configuration: remove it") from None
+    if has_no_label:
+        config = replace(config, unet=replace(config.unet, num_classes=own.unet.classes))
     if unet_fields(own.unet) == unet_fields(config.unet):
         config = replace(config, unet=own.unet)
     fields = scheduler_fields(own.diffusion, own.sampling)

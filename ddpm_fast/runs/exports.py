@@ -1,6 +1,7 @@
 """The U-Net for other programs: an ONNX file, or what torch.export saves. Any batch size, plain operators, float32.
 
-Inputs are x_t [N, C, H, W] and t [N] int64, the output is the prediction [N, C, H, W].
+Inputs are x_t [N, C, H, W], t [N] int64 and, of a conditional U-Net, labels [N] int64, whose number of classes is "no
+label"; the output is the prediction [N, C, H, W].
 """
 
 import logging
@@ -19,20 +20,20 @@ from ddpm_fast.model.unet import UNet
 
 PLAIN = Forms(transposed_upsampling=False, sums_left_to_norms=False, skips_joined_by_norms=False)
 """Which form upsampling takes must not depend on the batch."""
-INPUTS, OUTPUT = ("x_t", "t"), "prediction"
+INPUTS, OUTPUT = ("x_t", "t", "labels"), "prediction"
 CLOSE = 1e-5
 """Largest difference, relative to the largest prediction, of what was written from the U-Net: other sums round so."""
 
 
 class _Denoiser(nn.Module):
-    """The U-Net of two inputs."""
+    """The U-Net of two inputs, or three."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
         self.unet = unet
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.unet(x_t, t)
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.unet(x_t, t, labels=labels)
 
 
 def export(unet: UNet, dest: Path) -> float:
@@ -53,10 +54,11 @@ def export(unet: UNet, dest: Path) -> float:
     batch = Dim("batch", min=1)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about the exporter's own insides
-        shapes = {"x_t": {0: batch}, "t": {0: batch}}
-        program = torch.export.export(denoiser, _inputs(unet, 2), dynamic_shapes=shapes)
+        inputs = _inputs(unet, 2)
+        program = torch.export.export(denoiser, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
         with whole(dest, remedy="choose another DEST") as temporary:
-            again = _write_onnx(program, temporary) if dest.suffix == ".onnx" else _write_pt2(program, temporary)
+            write = _write_onnx if dest.suffix == ".onnx" else _write_pt2
+            again = write(program, temporary, INPUTS[: len(inputs)])
             difference = _difference(denoiser, again, _inputs(unet, 3))
             if not difference <= CLOSE:
                 raise MathematicsError(
@@ -65,23 +67,25 @@ def export(unet: UNet, dest: Path) -> float:
     return difference
 
 
-def _inputs(unet: UNet, images: int) -> tuple[Tensor, Tensor]:
+def _inputs(unet: UNet, images: int) -> tuple[Tensor, ...]:
     config, generator = unet.config, torch.Generator().manual_seed(images)
     shape = (images, config.image_channels, config.height, config.width)
-    return torch.randn(shape, generator=generator), torch.arange(images) * 400
+    x_t, numbers = torch.randn(shape, generator=generator), torch.arange(images)
+    labels = (numbers * config.classes // (images - 1),) if config.classes else ()  # from the first to "no label"
+    return x_t, numbers * 400, *labels
 
 
-def _difference(denoiser: nn.Module, again: Any, inputs: tuple[Tensor, Tensor]) -> float:
+def _difference(denoiser: nn.Module, again: Any, inputs: tuple[Tensor, ...]) -> float:
     expected = denoiser(*inputs)
     return float((again(*inputs) - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-def _write_pt2(program: ExportedProgram, file: Path) -> Any:
+def _write_pt2(program: ExportedProgram, file: Path, names: tuple[str, ...]) -> Any:
     torch.export.save(program, file)
     return program.module()
 
 
-def _write_onnx(program: ExportedProgram, file: Path) -> Any:
+def _write_onnx(program: ExportedProgram, file: Path, names: tuple[str, ...]) -> Any:
     """Write an ONNX file; return what runs it."""
     try:
         import onnxruntime
@@ -90,12 +94,12 @@ def _write_onnx(program: ExportedProgram, file: Path) -> Any:
         raise InputError(f"ONNX needs the package {error.name}: pip install 'ddpm-fast[onnx]'") from None
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not needed
     torch.onnx.export(
-        program, (), file, dynamo=True, input_names=INPUTS, output_names=[OUTPUT], external_data=False, verbose=False
+        program, (), file, dynamo=True, input_names=names, output_names=[OUTPUT], external_data=False, verbose=False
     )
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> Tensor:
-        values = {name: value.numpy() for name, value in zip(INPUTS, inputs, strict=True)}
+        values = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run([OUTPUT], values)[0])
 
     return run

@@ -5,19 +5,20 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ddpm_fast.config import Config
 from ddpm_fast.files import parse_json
 from ddpm_fast.runs import checkpoint, origin
 from ddpm_fast.runs.directory import read_metrics
 
 HEAD = """---
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags:
+{}tags:
 - ddpm
 - ddpm-fast
 ---
 """
-"""What the hub reads of a card."""
+"""What the hub reads of a card, which has no word for images of a class."""
+UNCONDITIONAL = "pipeline_tag: unconditional-image-generation\n"
 
 
 def model_card(name: str, found: checkpoint.Checkpoint, weights: str, samples: str) -> str:
@@ -33,17 +34,14 @@ def model_card(name: str, found: checkpoint.Checkpoint, weights: str, samples: s
     unet, steps = config.unet, config.sampling.steps or config.diffusion.timesteps
     picture = f"![samples](samples.png)\n\n{samples}\n\n" if samples else ""
     averaged = "averaged" if weights == "ema" else "last trained"
-    text = f"""{HEAD}
+    text = f"""{HEAD.format("" if unet.classes else UNCONDITIONAL)}
 # {name}
 
 A denoising diffusion model (DDPM, Ho et al. 2020) of images of {unet.height}x{unet.width} pixels and
 {unet.image_channels} channels: the {averaged} weights after {found.step:,} training steps.
 
-{picture}```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{name}")
-images = pipeline(batch_size=4, num_inference_steps={steps}).images
+{picture}{_labels(config)}```python
+{_usage(name, config, steps)}
 ```
 
 ## How it was made
@@ -53,6 +51,37 @@ images = pipeline(batch_size=4, num_inference_steps={steps}).images
     text += f"```\n{command}\n```\n" if command else ""
     figures = _figures(run, found.step)
     return text + (f"\n## Figures\n{_table(figures)}" if figures else "")
+
+
+def _usage(name: str, config: Config, steps: int) -> str:
+    """Return the Python that makes four images: of one class in a loop, for a pipeline passes no labels."""
+    unet = config.unet
+    load = f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}")
+"""
+    if not unet.classes:
+        return f"{load}images = pipeline(batch_size=4, num_inference_steps={steps}).images"
+    shape = f"4, {unet.image_channels}, {unet.height}, {unet.width}"
+    return f"""import torch
+{load}unet, scheduler = pipeline.unet.requires_grad_(False), pipeline.scheduler
+scheduler.set_timesteps({steps})
+x, labels = torch.randn({shape}), torch.tensor([0, 0, 0, 0])
+for t in scheduler.timesteps:
+    x = scheduler.step(unet(x, t, class_labels=labels).sample, t, x).prev_sample  # at last, black to white: -1 to 1"""
+
+
+def _labels(config: Config) -> str:
+    """Return what a conditional U-Net's labels mean, and who passes them; empty for an unconditional one."""
+    classes = config.unet.classes
+    if not classes:
+        return ""
+    seen = "" if config.training.label_dropout else ", but it was never trained by that (label dropout 0)"
+    return f"""The U-Net is told a label per image: 0 to {classes - 1} are the classes, and the last, {classes}, is
+"no label"{seen}. `DDPMPipeline` and `DDIMPipeline` pass no labels, without which this U-Net makes nothing:
+call it in a loop, or use `ddpm-fast sample FOLDER --label 0`.
+
+"""
 
 
 def _facts(found: checkpoint.Checkpoint) -> dict[str, Any]:

@@ -174,12 +174,15 @@ def test_auto_is_kept_as_a_number(tmp_path, monkeypatch):
     assert cli.run(["train", "--out", str(tmp_path / "run"), "--resume", "--num-classes", "auto", "--steps", "2"]) == 0
 
 
-@pytest.mark.parametrize("dest", ["folder", "unet.onnx"])
-def test_a_conditional_run_is_not_converted(run, tmp_path, capsys, dest):
-    assert cli.run(["convert", str(run), str(tmp_path / dest)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "is told labels (--num-classes 10)" in line
-    assert list(tmp_path.iterdir()) == []
+def test_a_conditional_run_becomes_a_folder_of_diffusers_with_the_same_images(run, tmp_path, capsys):
+    assert cli.run(["convert", str(run), str(tmp_path / "folder"), "--images", "2"]) == 0
+    assert "of labels 0, 1, ... in turn" in (tmp_path / "folder/README.md").read_text()
+    assert images(tmp_path / "folder", "--guidance", "2") == images(run, "--guidance", "2")
+    assert cli.run(["convert", str(tmp_path / "folder"), str(tmp_path / "ours")]) == 0
+    assert "cannot guide itself" not in capsys.readouterr().out
+    (tmp_path / "folder/ddpm-fast.json").unlink()
+    assert cli.run(["convert", str(tmp_path / "folder"), str(tmp_path / "theirs")]) == 0
+    assert "its 11 labels all count as classes, none as no label" in capsys.readouterr().out
 
 
 def test_evaluation_asks_for_the_real_labels_and_reports_agreement(run, monkeypatch, capsys):
