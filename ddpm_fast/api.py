@@ -70,7 +70,8 @@ def accelerate(pipeline: Any) -> AcceleratedPipeline:
             DDIMScheduler or DPMSolverMultistepScheduler in `scheduler`.
 
     Raises:
-        InputError: a field of either configuration cannot be honoured; it is named.
+        InputError: a field of either configuration cannot be honoured; it is named. So is num_class_embeds, for
+            pipelines pass no labels.
     """
     return AcceleratedPipeline(pipeline)
 

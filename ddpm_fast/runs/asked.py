@@ -9,6 +9,8 @@ from ddpm_fast.options import SamplingOptions
 
 NONE = -1
 """Asks for an image without a label."""
+UNKNOWING = "is not known to have seen images without their label (--label-dropout 0)"
+"""So a run was asked to train; and so counts another's model, in whose files nothing says that a label means none."""
 
 
 def labels_asked(wanted: SamplingOptions, config: Config, path: Path) -> tuple[int, ...]:
@@ -28,12 +30,12 @@ def labels_asked(wanted: SamplingOptions, config: Config, path: Path) -> tuple[i
     for label in wanted.label:
         known = f"it knows 0 to {classes - 1}, and {NONE} for none"
         require(NONE <= label < classes, f"{asked}: {path} knows no label {label}: {known}")
-        require(withheld or label != NONE, f"{asked}: {path} was never shown an image without (--label-dropout 0)")
+        require(withheld or label != NONE, f"{asked}: {path} {UNKNOWING}")
     if wanted.guidance != 1 and not wanted.guide:
-        guides = f"--guidance {wanted.guidance:g}: {path} was trained"
+        guides = f"--guidance {wanted.guidance:g}: {path}"
         remedy = "its own prediction without label cannot guide it: name another run by --guide"
-        require(classes > 0, f"{guides} without labels: {remedy}")
-        require(withheld, f"{guides} with --label-dropout 0: {remedy}")
+        require(classes > 0, f"{guides} was trained without labels: {remedy}")
+        require(withheld, f"{guides} {UNKNOWING}: {remedy}")
     return tuple(classes if label == NONE else label for label in wanted.label or range(classes))
 
 
@@ -54,6 +56,8 @@ def require_fitting(guide: Config, config: Config, name: str) -> None:
     require(
         0 in (there, here) or there == here, f"--guide {name} knows {there} classes, not {here}: name one that fits"
     )
+    withheld = guide.training.label_dropout > 0  # of it, an unconditional model asks predictions without a label
+    require(here > 0 or there == 0 or withheld, f"--guide {name} {UNKNOWING}: name one that fits")
 
 
 def _process(diffusion: DiffusionConfig) -> DiffusionConfig:

@@ -78,8 +78,9 @@ def _labels(config: Config) -> str:
         return ""
     seen = "" if config.training.label_dropout else ", but it was never trained by that (label dropout 0)"
     return f"""The U-Net is told a label per image: 0 to {classes - 1} are the classes, and the last, {classes}, is
-"no label"{seen}. `DDPMPipeline` and `DDIMPipeline` pass no labels, without which this U-Net makes nothing:
-call it in a loop, or use `ddpm-fast sample FOLDER --label 0`.
+"no label"{seen}.
+`DDPMPipeline` and `DDIMPipeline` pass no labels, without which this U-Net makes nothing: call it in a loop, or
+use `ddpm-fast sample FOLDER --label 0`.
 
 """
 

@@ -22,6 +22,7 @@ from ddpm_fast.model.unet import UNet
 from ddpm_fast.options import StartOptions
 from ddpm_fast.planning.start import starting_config
 from ddpm_fast.runs import checkpoint, diffusers_folder
+from ddpm_fast.runs.asked import require_fitting
 from ddpm_fast.runs.initial import initial_weights
 from ddpm_fast.runs.model_card import model_card
 from ddpm_fast.runs.trained_model import unet_of
@@ -123,10 +124,14 @@ def test_every_row_of_others_is_a_class(foreign):
         torch.testing.assert_close(ours(X, T), expected, rtol=1e-4, atol=1e-5)
     model = api.load(foreign)
     assert len(model.sample(1, progress=False, steps=2, label=2)) == 1
-    with pytest.raises(InputError, match="never shown an image without"):
+    with pytest.raises(InputError, match="is not known to have seen images without"):
         model.sample(1, progress=False, steps=2, label=-1)
     with pytest.raises(InputError, match="cannot guide it"):
         model.sample(1, progress=False, steps=2, guidance=2.0)
+    unconditional = replace(found.config, unet=replace(found.config.unet, num_classes=0))
+    with pytest.raises(InputError, match="--guide theirs is not known to have seen images without"):
+        require_fitting(found.config, unconditional, "theirs")
+    require_fitting(found.config, found.config, "theirs")  # where labels are told, none is missing
 
 
 def test_without_what_ours_adds_no_row_is_no_label(folder):
