@@ -12,7 +12,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 LOCKED := $(BIN)/python $(PIP) $(PIP_OPTIONS) --require-hashes --no-deps --only-binary :all: --requirement
 THIS := $(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 
-.PHONY: demo test test-slow test-oldest test-gpu bench lock clean
+.PHONY: demo test coverage test-slow test-oldest test-gpu bench lock clean
 
 demo: .venv/installed
 	@out=runs/demo; n=2; while [ -e $$out ]; do out=runs/demo-$$n; n=$$((n + 1)); done; \
@@ -24,6 +24,10 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# Which lines no test runs. Tracing them takes as long again as a third of the tests.
+coverage: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --cov --cov-report=term
 
 # What is slow by nature: whole compilations, every kernel for every architecture, commands from end to end.

@@ -9,6 +9,7 @@ It runs what only a GPU can show, and all comparisons of kernels. Two that take 
 """
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# Which run commands, on any machine: they need what a borrowed GPU may lack.
+collect_ignore = [] if find_spec("tyro") and find_spec("hypothesis") else ["fuzz", "security"]
 RUNS_KERNELS = ("tests/kernels/", "tests/ops/test_ops.py", "tests/engine/test_with_kernels.py")
 APART = ("sanitizer", "compile_matrix")
 

@@ -198,6 +198,7 @@ def test_a_sampler_that_is_left_out_is_the_runs_own(tmp_path, capsys):
         assert f"{facts['sampler']}-{facts['steps']}" == name
 
 
+@pytest.mark.slow
 def test_a_presets_sampler_goes_into_the_run_whatever_flags_are_given(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "digits", QUICK)
     assert cli.parse_train(["--steps", "2"]).config == with_training(QUICK, steps=2)

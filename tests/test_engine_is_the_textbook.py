@@ -286,6 +286,7 @@ def test_sampling_in_few_clipped_steps_is_the_textbooks(prediction, name):
     assert_samples_as_the_textbook(sampling(prediction, True), replace(SAMPLERS[name], steps=7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpm", "dpm++"])
 def test_sampling_with_kernels_is_the_textbooks(name):
     pytest.importorskip("triton")

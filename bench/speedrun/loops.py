@@ -124,7 +124,7 @@ def _shuffled(images: Tensor, size: int) -> Iterator[Tensor]:
 
 def plain(config: Config) -> Config:
     """Return what a plain loop trains: the paper's linear schedule and eps, at a rate for small networks, no end."""
-    training = TrainingConfig(steps=2**31, batch_size=64, learning_rate=1e-3, warmup_steps=100)
+    training = TrainingConfig(steps=2**31 - 1, batch_size=64, learning_rate=1e-3, warmup_steps=100)
     training = replace(training, seed=config.training.seed, device=config.training.device)
     return replace(config, diffusion=DiffusionConfig(), training=training)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("tyro")
 from ddpm_fast.cli import main as cli
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig, with_training
 from ddpm_fast.data.dataset import open_dataset

@@ -30,6 +30,7 @@ def alive(process_id: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_process_measures_dies_and_is_followed_by_a_new_one():
     worker = Worker(["cpu", "tiny"])
     word = worker.first_word()

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # pytest-benchmark measures nothing where it sees a worker of pytest-xdist, which this process may be.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
@@ -26,6 +28,7 @@ def run(folder: Path, seconds: float, *flags: str) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=60)
 
 
+@pytest.mark.slow
 def test_the_guard_fires_on_a_planted_slowdown_and_on_nothing_else(tmp_path):
     first = run(tmp_path, 0.05, "--benchmark-autosave")
     assert first.returncode == 0, first.stdout + first.stderr

@@ -43,6 +43,7 @@ def names(kind: str = "cuda", packages: tuple[str, ...] = tuple(comparison.MODUL
     return [one.name for one in planned(kind, packages)]
 
 
+@pytest.mark.slow
 def test_the_first_nine_minutes_on_a_gpu_hold_what_everybody_asks_for():
     seconds = 9 * 60 - report.PAGE_SECONDS
     scheduled = list(report.scheduled(planned(), Costs("cuda", GPU), seconds))[: len(FIRST)]

@@ -271,6 +271,7 @@ def test_the_version_is_the_packages(capsys):
     assert run("--version", capsys)[:2] == (0, f"ddpm-fast {ddpm_fast.__version__}\n")
 
 
+@pytest.mark.slow
 def test_a_run_is_checked_in_full(trained, capsys):
     status, out, _ = run(f"check {trained}", capsys)
     assert status == 0

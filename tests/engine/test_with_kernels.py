@@ -65,7 +65,14 @@ def test_training_takes_the_same_steps():
         assert (mine - other).abs().mean() < 0.02 * (other - before).abs().mean()
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 4), ("ddim", 2), ("dpm++", 3)])
+@pytest.mark.parametrize(
+    ("sampler", "steps"),
+    [
+        pytest.param("ddpm", 4, marks=pytest.mark.slow),
+        pytest.param("ddim", 2, marks=pytest.mark.slow),
+        ("dpm++", 3),
+    ],
+)
 def test_sampling_makes_the_same_images(sampler, steps):
     table = sampler_table(DIFFUSION, SamplerConfig(sampler, steps))
     ours, theirs = (
@@ -125,6 +132,7 @@ def test_all_that_the_engine_compiles_is_one_graph(ops):
         torch.testing.assert_close(denoise(x, shifts), made.unet.denoise(x, shifts), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_check_of_the_kernels_passes_and_finds_a_wrong_one():
     config = configuration()
     lines = list(check_kernels.check_kernels(FUSED, config, DEVICE, torch.float32))
@@ -145,6 +153,7 @@ def test_every_norm_is_checked_in_both_directions():
     assert all((norm, direction) in checked for norm in norms for direction in ("forward", "backward"))
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_op_and_direction():
     head, *rows = check_kernels.kernel_table(FUSED, configuration(), DEVICE, torch.bfloat16)
     assert head[0].split() == ["kernel", "worst", "at", "error", "bound"]

@@ -55,6 +55,7 @@ def test_compiles_without_spills_and_with_wide_vectors(ops, architectures):
     assert_compiles_well(ops, architectures)
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_once_for_every_architecture():
     assert_compiles_well(tuple(FEW | NORMS), ARCHITECTURES, "--few")
 

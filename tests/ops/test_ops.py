@@ -212,6 +212,7 @@ def test_a_unet_hands_its_ops_to_every_norm_and_to_its_copies():
         assert {module.ops for module in network.modules() if hasattr(module, "ops")} == {FUSED}
 
 
+@pytest.mark.slow
 def test_a_unet_with_kernels_is_exported_with_gradients_and_dropout():
     unet = UNet(UNetConfig(3, 4, 4, 8, (1, 2), 1, (2,), dropout=0.25, groups=4)).use(FUSED).to(DEVICE)
     unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -49,6 +49,7 @@ def test_as_many_images_are_taken_as_memory_holds(kind, images, accumulate, size
     assert ("memory may not suffice" in out) == (images < 1)
 
 
+@pytest.mark.slow
 def test_a_run_stores_the_number_and_keeps_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny = cli.parse_train(TINY_RUN.split()).config

@@ -107,6 +107,7 @@ def test_what_the_user_fixes_stays_and_the_rest_fits_it(wanted):
         assert config.unet.width == wanted.height
 
 
+@pytest.mark.slow
 def test_a_plans_numbers_are_short_enough_to_be_read():
     for steps in range(1, 300):
         made = plan(FOLDERS["emoji"], MACHINES["two cores"], DataConfig("x"), Wanted(steps=steps))

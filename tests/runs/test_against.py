@@ -137,6 +137,7 @@ def test_other_images_are_refused(tmp_path):
         reference(str(base), DIGITS, Dataset(data.images, data.fingerprint, ""))
 
 
+@pytest.mark.slow
 def test_a_run_stops_once_it_is_decided_and_remembers_after_a_stop(tmp_path):
     """A learning rate of almost nothing loses; the run that is stopped in between comes to the same verdict."""
     config = with_training(TINY, steps=210, save_every=300, warmup_steps=1, learning_rate=1e-2, batch_size=32)

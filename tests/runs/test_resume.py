@@ -198,7 +198,7 @@ def test_what_changes_no_number_may_change(trained):
 def test_what_changes_numbers_is_refused_by_name(trained):
     others = {"batch_size": 8, "accumulate": 2, "learning_rate": 1.0, "warmup_steps": 4, "cooldown": 0.5, "seed": 1}
     others |= {"adam_beta2": 0.9, "clip_norm": 2.0, "ema_decay": 0.5, "min_snr_gamma": 5.0}
-    others |= {"timestep_density": "laplace", "init": "elsewhere"}
+    others |= {"timestep_density": "laplace", "init": "elsewhere", "label_dropout": 0.5}
     assert others.keys() | CHANGED.keys() == vars(TINY.training).keys()
     for name, value in others.items():
         with pytest.raises(InputError, match=f"--{name.replace('_', '-')} "):

@@ -29,6 +29,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
 
 
+@pytest.mark.slow
 def test_no_command_on_local_things_connects(closed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "photos"
