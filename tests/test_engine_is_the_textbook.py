@@ -67,8 +67,7 @@ class SamplingNumbers:
     """The engine's random numbers for sampling: x_T, then the noise of one step after the other."""
 
     def __init__(self, images: ImageRange) -> None:
-        self.address = NoiseAddress(key_from_seed(images.seed), images.first + torch.arange(images.count))
-        self.step = 0
+        self.address, self.step = NoiseAddress(key_from_seed(images.seed), images.first + torch.arange(images.count)), 0
 
     def randn(self, shape: tuple[int, ...]) -> Tensor:
         self.step += 1
@@ -290,12 +289,12 @@ def test_sampling_in_few_clipped_steps_is_the_textbooks(prediction, name):
 @pytest.mark.parametrize("name", ["ddpm", "dpm++"])
 def test_sampling_with_kernels_is_the_textbooks(name):
     pytest.importorskip("triton")
-    steps = 50 if DEVICE.type == "cuda" else 3
-    assert_samples_as_the_textbook(sampling("v", True), replace(SAMPLERS[name], steps=steps), kernels=True)
+    sampler = replace(SAMPLERS[name], steps=50 if DEVICE.type == "cuda" else 3)
+    assert_samples_as_the_textbook(sampling("v", True), sampler, kernels=True)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile_for_cpu(), reason="PyTorch has nothing to compile for a CPU with")
 def test_compiled_sampling_is_the_textbooks():
-    sampler, compiled = replace(SAMPLERS["dpm++"], steps=50), Execution(compiled=True)
-    assert_samples_as_the_textbook(sampling("v", True, unet=SMALL), sampler, execution=compiled)
+    sampler, model = replace(SAMPLERS["dpm++"], steps=50), sampling("v", True, unet=SMALL)
+    assert_samples_as_the_textbook(model, sampler, execution=Execution(compiled=True))
