@@ -129,8 +129,8 @@ resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
 ddpm_fast.cli.main.main(sys.argv[2:])
 """
 FLAGS = (
-    "--data images.npy --height 64 --width 64 --image-channels 1 --channels 32 --channel-multipliers 1 1 "
-    "--res-blocks 1 --groups 8 --attention-resolutions --device cpu --steps 2 --sample-every 0 --log-every 1"
+    "--preset digits --data images.npy --height 64 --width 64 --image-channels 1 --channels 32 --groups 8 --res-blocks 1 "
+    "--channel-multipliers 1 1 --attention-resolutions --device cpu --steps 2 --sample-every 0 --log-every 1"
 )
 
 
@@ -146,7 +146,7 @@ def with_memory(megabytes: int, directory: Path, command: str) -> tuple[int, str
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_on_a_cpu_under_a_real_limit_a_run_and_its_sampling_heal(tmp_path):
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (64, 64, 64), dtype=np.uint8))
-    status, said = with_memory(1500, tmp_path, f"train {FLAGS} --batch-size 64 --out run")
+    status, said = with_memory(2500, tmp_path, f"train {FLAGS} --batch-size 128 --out run")
     assert (status, said.count("memory did not suffice for")) == (0, 1), said
     assert "step 2 of 2" in said
     decided = decisions.read(tmp_path / "run")

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
 from ddpm_fast.engine.cuda_graphs import Work
 from ddpm_fast.engine.execution import EAGER, Execution
+from ddpm_fast.engine.sampling import SamplingLoop
 from ddpm_fast.engine.trainer import Trainer
 from ddpm_fast.errors import InputError
 from ddpm_fast.options import LoadOptions, SamplingOptions
@@ -133,6 +135,7 @@ def test_after_an_interrupt_in_a_capture_the_images_are_the_same(model, truth, m
     graphs = InterruptedOnce(number)  # in the warm-up, or the capture of one step, or of many
     monkeypatch.setattr("ddpm_fast.engine.sampling.CudaGraphs", lambda device: graphs)
     monkeypatch.setattr("ddpm_fast.runs.trained_model.choose_execution", lambda *a: Execution(captured=True))
+    monkeypatch.setattr("ddpm_fast.runs.trained_model.SamplingLoop", partial(SamplingLoop, graph_steps=5))
     with pytest.raises(KeyboardInterrupt):
         model.draw(WANTED[0])
     assert torch.equal(model.draw(WANTED[0]), truth[0])
