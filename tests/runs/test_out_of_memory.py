@@ -129,8 +129,8 @@ resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
 ddpm_fast.cli.main.main(sys.argv[2:])
 """
 FLAGS = (
-    "--preset digits --data images.npy --height 64 --width 64 --image-channels 1 --channels 32 --groups 8 --res-blocks 1 "
-    "--channel-multipliers 1 1 --attention-resolutions --device cpu --steps 2 --sample-every 0 --log-every 1"
+    "--preset digits --data images.npy --height 64 --width 64 --image-channels 1 --channels 32 --groups 8 "
+    "--res-blocks 1 --channel-multipliers 1 1 --attention-resolutions --device cpu --steps 2 --sample-every 0 --log-every 1"
 )
 
 
