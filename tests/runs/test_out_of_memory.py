@@ -130,7 +130,8 @@ ddpm_fast.cli.main.main(sys.argv[2:])
 """
 FLAGS = (
     "--preset digits --data images.npy --height 64 --width 64 --image-channels 1 --channels 32 --groups 8 "
-    "--res-blocks 1 --channel-multipliers 1 1 --attention-resolutions --device cpu --steps 2 --sample-every 0 --log-every 1"
+    "--res-blocks 1 --channel-multipliers 1 1 --attention-resolutions --device cpu --steps 2 "
+    "--sample-every 0 --log-every 1"
 )
 
 
