@@ -33,7 +33,7 @@ NUMBERS: list[Any] = list(range(CONFIGURATIONS))
 NUMBERS[157] = pytest.param(
     157,
     marks=pytest.mark.xfail(
-        reason="two nearly equal numbers make a group of its lowest level's norm: rounding grows to 3e-3 of a gradient "
+        reason="two nearly equal numbers make a group of its lowest level's norm: rounding is 3e-3 of a gradient, "
         "and the textbook in float32, the measure, happens to round a hundred times less, on some processors",
     ),
 )
