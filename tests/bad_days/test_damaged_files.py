@@ -4,7 +4,7 @@ import json
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from PIL import Image
 
 from ddpm_fast.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig, with_training
 from ddpm_fast.data.dataset import open_dataset
-from ddpm_fast.errors import InputError
 from ddpm_fast.runs import checkpoint, decisions, evaluation, origin
 from ddpm_fast.runs.directory import check_resumable, find_start, read_config, read_metrics, recorded, where_data_is
 from ddpm_fast.runs.guards import Guards
 from ddpm_fast.runs.run import Run
+from tests.refusals import refused
 
 TINY = Config(
     unet=UNetConfig(1, 8, 8, channels=8, channel_multipliers=(1,), res_blocks=1, attention_resolutions=(), groups=4),
@@ -45,18 +45,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "run")
-
-
-def said(work: Callable[[], object]) -> str:
-    """Return the sentence that refuses work, or "" if it is done; any other error is a defect."""
-    try:
-        work()
-    except InputError as error:
-        sentence = str(error)
-    else:
-        return ""
-    assert "\n" not in sentence
-    return sentence
 
 
 def lengths(data: bytes) -> list[int]:
@@ -94,7 +82,7 @@ def test_a_configuration_that_was_cut_anywhere_is_the_checkpoints_and_a_run_that
     shutil.rmtree(copy / "checkpoints")
     for length in lengths(data)[:-1]:
         file.write_bytes(data[:length])
-        assert "config.json is torn" in said(lambda: recorded(copy))
+        assert "config.json is torn" in refused(lambda: recorded(copy))
 
 
 WRONG: list[Any] = [None, True, -1, 10**400, 1.5, float("nan"), float("inf"), "x", "", [], [[]], {}, {"x": {}}]
@@ -116,31 +104,31 @@ THINNED = pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mar
 
 @THINNED
 def test_json_of_wrong_types_in_a_configuration_is_a_sentence(copy, every):
-    file, count, refused = copy / "config.json", 0, 0
+    file, count, refusals = copy / "config.json", 0, 0
     right = json.loads(file.read_text())
     for values in islice(exchanged(right), 0, None, every):
         file.write_text(json.dumps(values))
         count += 1
-        refused += bool(said(lambda: read_config(copy)))
-        said(lambda: check_resumable(copy, TINY, DATA.fingerprint))
-        said(lambda: where_data_is(copy, TINY))
+        refusals += bool(refused(lambda: read_config(copy)))
+        refused(lambda: check_resumable(copy, TINY, DATA.fingerprint))
+        refused(lambda: where_data_is(copy, TINY))
         decisions.read(copy)
     assert count > 800 // every
-    assert refused > 500 // every
+    assert refusals > 500 // every
 
 
 @THINNED
 def test_json_of_wrong_types_in_a_checkpoint_is_a_sentence(copy, every):
     path = checkpoint.path_of(copy, 4)
-    file, refused = path / "state.json", 0
+    file, refusals = path / "state.json", 0
     right = json.loads(file.read_text())
     for values in islice(exchanged(right), 0, None, every):
         file.write_text(json.dumps(values))
-        refused += bool(said(lambda: checkpoint.read(path).verify()))
+        refusals += bool(refused(lambda: checkpoint.read(path).verify()))
         newest = checkpoint.newest(copy)
         assert newest is not None
         assert newest.step in (2, 4)
-    assert refused > 500 // every
+    assert refusals > 500 // every
 
 
 def test_json_of_wrong_types_in_metrics_and_origin_is_passed_over(copy):
@@ -161,7 +149,7 @@ def test_json_of_wrong_types_in_metrics_and_origin_is_passed_over(copy):
 def test_a_safetensors_header_that_lies_about_its_length_is_refused_by_the_files_name(copy, length):
     file = checkpoint.path_of(copy, 4) / "model.safetensors"
     file.write_bytes(struct.pack("<Q", length) + file.read_bytes()[8:])
-    assert str(file) in said(lambda: checkpoint.read(file.parent).tensors("model"))
+    assert str(file) in refused(lambda: checkpoint.read(file.parent).tensors("model"))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +166,7 @@ def test_a_safetensors_header_that_lies_about_a_tensor_is_refused_by_the_files_n
     header = data[8 : 8 + length].replace(truth, lie, 1)
     assert header != data[8 : 8 + length]
     file.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
-    assert str(file) in said(lambda: checkpoint.read(file.parent).tensors("model"))
+    assert str(file) in refused(lambda: checkpoint.read(file.parent).tensors("model"))
 
 
 def test_an_evaluation_that_is_damaged_is_made_again(copy):
@@ -200,7 +188,7 @@ def test_an_array_whose_header_lies_about_its_size_is_one_line(tmp_path, shape):
     header = text.ljust(128 - 10 - 1) + b"\n"
     (tmp_path / "images.npy").write_bytes(data[:10] + header + data[128:])
     wanted = DataConfig(data=str(tmp_path / "images.npy"))
-    assert f"--data {tmp_path}/images.npy is" in said(lambda: open_dataset(wanted, TINY.unet))
+    assert f"--data {tmp_path}/images.npy is" in refused(lambda: open_dataset(wanted, TINY.unet))
 
 
 def test_a_folder_that_changes_under_a_run_changes_nothing_until_it_is_resumed(tmp_path):
@@ -225,9 +213,9 @@ def test_a_folder_that_changes_under_a_run_changes_nothing_until_it_is_resumed(t
     for part in checkpoint.TENSOR_FILES:
         files = [checkpoint.path_of(tmp_path / name, 4) / f"{part}.safetensors" for name in "ab"]
         assert files[0].read_bytes() == files[1].read_bytes()
-    assert "1 of 7 images cannot be used: 1.png" in said(lambda: run(tmp_path / "a", config, resume=True))
+    assert "1 of 7 images cannot be used: 1.png" in refused(lambda: run(tmp_path / "a", config, resume=True))
     (photos / "1.png").unlink()
-    assert "was trained on other data" in said(lambda: run(tmp_path / "a", config, resume=True))
+    assert "was trained on other data" in refused(lambda: run(tmp_path / "a", config, resume=True))
 
 
 def test_a_clock_that_goes_back_disturbs_no_run(tmp_path, whole, monkeypatch):

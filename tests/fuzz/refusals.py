@@ -1,27 +1,11 @@
-"""What may come of input that was made up: the work is done, or one sentence refuses it."""
+"""What may come of a command whose arguments or files were made up: it ends well, or one line refuses it."""
 
 import contextlib
 import io
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from ddpm_fast.cli import main as cli
-from ddpm_fast.errors import InputError
-
-
-def refused(work: Callable[[], Any]) -> str:
-    """Return the line by which work is refused, or "" where it is done; any other error is a defect."""
-    try:
-        work()
-    except InputError as error:
-        line = str(error)
-    else:
-        return ""
-    assert line
-    assert "\n" not in line
-    return line
 
 
 def said(arguments: list[str]) -> tuple[int, str]:

@@ -29,7 +29,7 @@ from ddpm_fast.runs.run import Run
 from tests.checks.valid_configurations import make
 from tests.fuzz.amounts import often
 from tests.fuzz.mutations import ANYTHING, NUMBERS, exchanged
-from tests.fuzz.refusals import refused
+from tests.refusals import refused
 
 PARTS = (UNetConfig, DiffusionConfig, DataConfig, TrainingConfig, SamplerConfig, CheckConfig)
 OPTIONS = (SamplingOptions, LoadOptions, StartOptions, SampleArguments)

@@ -16,7 +16,8 @@ from ddpm_fast.data.dataset import open_dataset
 from ddpm_fast.data.image_files import Unusable, decode, is_encoded, is_picture
 from ddpm_fast.errors import InputError
 from ddpm_fast.runs import checkpoint, evaluation
-from tests.fuzz.refusals import refused, said
+from tests.fuzz.refusals import said
+from tests.refusals import refused
 
 UNET = UNetConfig(3, 8, 8, channels=32, channel_multipliers=(1,), attention_resolutions=())
 DEEP = b"[" * 100_000

@@ -16,7 +16,7 @@ from ddpm_fast.data.image_files import Unusable, decode, fit, is_encoded
 from ddpm_fast.data.survey import survey
 from tests.fuzz.amounts import little_memory, often
 from tests.fuzz.mutations import damaged
-from tests.fuzz.refusals import refused
+from tests.refusals import refused
 
 UNET = UNetConfig(3, 8, 8, channels=32, channel_multipliers=(1,), attention_resolutions=())
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)

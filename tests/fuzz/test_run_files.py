@@ -15,7 +15,8 @@ from ddpm_fast.errors import InputError
 from ddpm_fast.runs import checkpoint
 from tests.fuzz.amounts import little_memory, often
 from tests.fuzz.mutations import damaged, exchanged
-from tests.fuzz.refusals import refused, said
+from tests.fuzz.refusals import said
+from tests.refusals import refused
 
 STATE = checkpoint.path_of(Path(), 3)
 JSON = ("config.json", "metrics.jsonl", "samples/dpm++-20-seed0/samples.json", "origin/step-0000000.json")
