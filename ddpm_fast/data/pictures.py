@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ddpm_fast.data.image_files import Unusable, decode, fit
 from ddpm_fast.data.labels import NO_LABELS, Labels
 from ddpm_fast.data.store import STORE_VERSION, Shape, all_cores, build, cached, digest, read_back
-from ddpm_fast.errors import InputError, printable, require
+from ddpm_fast.errors import InputError, printable
 from ddpm_fast.files import cache_directory, replace_file
 
 DECODER_VERSION = 2
@@ -95,10 +95,6 @@ def _refuse_unusable(name: str, skipped: Sequence[str], total: int, skip_bad: bo
     raise InputError(
         f"--data {name}: {len(skipped)} of {total} images cannot be used: {'; '.join(skipped[:NAMED])}{more}; {remedy}"
     )
-
-
-def _require_unchanged(name: str, unchanged: bool) -> None:
-    require(unchanged, f"--data {name} was changed while it was read: try again")
 
 
 def _reason(encoded: Encoded, shape: Shape, row: NDArray[np.uint8]) -> str:

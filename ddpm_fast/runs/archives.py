@@ -12,7 +12,6 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from ddpm_fast.files import whole
 from ddpm_fast.progress import Progress
 from ddpm_fast.runs.grids import Pixels, to_image
 
-ArchiveFormat = Literal["npz", "tar"]
 ARRAY = "arr_0"
 """The array's name in an .npz: what ADM's evaluator and its kin read."""
 
